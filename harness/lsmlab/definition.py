@@ -1,0 +1,293 @@
+"""Reading the YAML files that people write: strict, every error with file and line.
+
+A definition may `extends:` another of the same kind: mappings are merged key by key, everything else is replaced.
+Paths inside a file are relative to that file, also after merging.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from lsmlab.errors import DefinitionError
+
+Location = tuple[str | int, ...]
+Model = TypeVar("Model", bound="Definition")
+
+MAX_BYTES = 1 << 20  # a definition is read by people; a larger file is something else
+
+
+class Strict(BaseModel):
+    """Base of all models: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+
+
+class Definition(Strict):
+    """Base of what a whole file describes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a value was written."""
+
+    file: Path
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(slots=True)
+class RawDefinition:
+    """A file's plain data, with the origin of each key."""
+
+    data: dict[str, Any]
+    origins: dict[Location, Origin] = field(default_factory=dict)
+
+    def origin(self, loc: Location, fallback: Path) -> Origin:
+        """The origin of `loc`, or of the nearest parent that has one."""
+        for end in range(len(loc), -1, -1):
+            found = self.origins.get(loc[:end])
+            if found is not None:
+                return found
+        return Origin(fallback, 1)
+
+
+def peek_kind(path: Path) -> str | None:
+    """The `kind:` of a YAML file, or None where it has none. Reads the head of the file only; never raises."""
+    try:
+        head = path.read_text(encoding="utf-8", errors="replace")[:4096]
+    except OSError:
+        return None
+    for line in head.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "kind" and not key[:1].isspace():
+            return value.split("#")[0].strip().strip("'\"") or None
+    return None
+
+
+def read_raw(path: Path) -> RawDefinition:
+    """One file's data and origins. Raises DefinitionError with file and line for whatever is not plain YAML."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DefinitionError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if len(raw) > MAX_BYTES:
+        raise DefinitionError(f"{path}: {len(raw)} bytes; a definition has at most {MAX_BYTES}")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DefinitionError(f"{path}: not UTF-8 text at byte {error.start}") from error
+    yaml = YAML(typ="rt")
+    yaml.allow_duplicate_keys = False
+    try:
+        document = yaml.load(io.StringIO(text))
+    except DuplicateKeyError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        what = (error.problem or "").partition(" with")[0]
+        raise DefinitionError(f"{path}:{line}: {what}: each key may stand once") from error
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise DefinitionError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from error
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise DefinitionError(f"{path}:1: not valid YAML: {error}") from error
+    if not isinstance(document, CommentedMap):
+        raise DefinitionError(f"{path}:1: expected a mapping of keys to values, found {_found(document)}")
+    result = RawDefinition({})
+    result.data = _plain(document, (), path, result.origins)
+    result.origins[()] = Origin(path, 1)
+    return result
+
+
+def _plain(node: Any, loc: Location, path: Path, origins: dict[Location, Origin]) -> Any:
+    if isinstance(node, CommentedMap):
+        plain: dict[str, Any] = {}
+        for key, value in node.items():
+            line = node.lc.key(key)[0] + 1 if key in (node.lc.data or {}) else 1
+            if not isinstance(key, str):
+                raise DefinitionError(f"{path}:{line}: expected a text as key, found {_found(key)}")
+            origins[(*loc, key)] = Origin(path, line)
+            plain[key] = _plain(value, (*loc, key), path, origins)
+        return plain
+    if isinstance(node, CommentedSeq):
+        items = []
+        for index, value in enumerate(node):
+            origins[(*loc, index)] = Origin(path, node.lc.item(index)[0] + 1)
+            items.append(_plain(value, (*loc, index), path, origins))
+        return items
+    if isinstance(node, bool) or node is None:
+        return node
+    for base in (str, int, float):  # ruamel's scalar types carry formatting; ours must not
+        if isinstance(node, base):
+            return base(node)
+    return str(node)
+
+
+def _found(value: Any) -> str:
+    names = {bool: "true/false", int: "a number", float: "a number", str: "a text", list: "a list", dict: "a mapping"}
+    if value is None:
+        return "nothing"
+    name = next((names[t] for t in names if isinstance(value, t)), type(value).__name__)
+    text = repr(value)
+    return f"{name} ({text if len(text) <= 40 else text[:37] + '...'})" if not isinstance(value, (list, dict)) else name  # noqa: PLR2004
+
+
+def merge(base: RawDefinition, over: RawDefinition) -> RawDefinition:
+    """`over` on top of `base`: mappings key by key, everything else replaced."""
+    data, origins = _merge(base.data, over.data, (), base, over)
+    return RawDefinition(data, {**origins, (): over.origins[()]})
+
+
+def _merge(
+    low: dict[str, Any], high: dict[str, Any], loc: Location, base: RawDefinition, over: RawDefinition
+) -> tuple[dict[str, Any], dict[Location, Origin]]:
+    data: dict[str, Any] = {}
+    origins: dict[Location, Origin] = {}
+    for key in [*low, *(k for k in high if k not in low)]:
+        here = (*loc, key)
+        if key in high and key in low and isinstance(low[key], dict) and isinstance(high[key], dict):
+            data[key], inner = _merge(low[key], high[key], here, base, over)
+            origins[here] = over.origins[here]
+            origins |= inner
+            continue
+        source = over if key in high else base
+        data[key] = (high if key in high else low)[key]
+        origins |= {at: o for at, o in source.origins.items() if at[: len(here)] == here}
+    return data, origins
+
+
+def resolve(
+    path: Path,
+    kind: str,
+    find: Callable[[str], Path | None],
+    file_keys: frozenset[str],
+    *,
+    _chain: tuple[Path, ...] = (),
+) -> RawDefinition:
+    """Read `path`, follow `extends:` and make the values of `file_keys` absolute.
+
+    `find` turns an id into a file, or None. Raises DefinitionError for a wrong kind, an unknown base or a circle.
+    """
+    raw = read_raw(path)
+    found = raw.data.get("kind")
+    if found != kind:
+        raise DefinitionError(
+            f"{raw.origin(('kind',), path)}: kind: expected {kind!r}, found {found!r}",
+            hint=f"A file of this sort starts with `kind: {kind}`.",
+        )
+    _absolute(raw.data, path.parent, file_keys)
+    base_id = raw.data.pop("extends", None)
+    if base_id is None:
+        return raw
+    where = raw.origin(("extends",), path)
+    base_path = find(base_id) if isinstance(base_id, str) else None
+    if base_path is None:
+        raise DefinitionError(f"{where}: extends: no {kind.rpartition('/')[2]} named {base_id!r}")
+    chain = (*_chain, path.resolve())
+    if base_path.resolve() in chain:
+        raise DefinitionError(f"{where}: extends: {base_id!r} leads back to this file")
+    return merge(resolve(base_path, kind, find, file_keys, _chain=chain), raw)
+
+
+def _absolute(node: Any, folder: Path, file_keys: frozenset[str]) -> None:
+    if isinstance(node, list):
+        for item in node:
+            _absolute(item, folder, file_keys)
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        if key in file_keys and isinstance(value, str):
+            node[key] = str((folder / value).resolve())
+        elif key in file_keys and isinstance(value, list):
+            node[key] = [str((folder / v).resolve()) if isinstance(v, str) else v for v in value]
+        else:
+            _absolute(value, folder, file_keys)
+
+
+def validate(model: type[Model], raw: RawDefinition, path: Path) -> Model:
+    """`raw` as a frozen model, or a DefinitionError that lists every fault with its file and line."""
+    try:
+        # Strict JSON rules: texts become enumerations, paths and tuples, and nothing else is converted
+        return model.model_validate_json(json.dumps(raw.data))
+    except ValidationError as error:
+        faults = [_fault(e, raw, path, model) for e in error.errors()]
+        raise DefinitionError("\n".join(dict.fromkeys(faults))) from error
+
+
+def _fault(error: Mapping[str, Any], raw: RawDefinition, path: Path, model: type[BaseModel]) -> str:
+    loc: Location = tuple(error["loc"])
+    if loc[-1:] == ("[key]",):
+        loc = loc[:-1]
+        known_keys = error.get("ctx", {}).get("expected", "another key")
+        return f"{raw.origin(loc, path)}: {'.'.join(map(str, loc))}: unknown key; expected {known_keys}"
+    where = raw.origin(loc, path)
+    name = ".".join(str(part) for part in loc) or "file"
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        parent = _model_at(model, loc[:-1])
+        known = sorted(f.alias or n for n, f in parent.model_fields.items()) if parent else []
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        advice = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(known)}"
+        return f"{where}: {name}: unknown key; {advice}"
+    if kind == "missing":
+        return f"{where}: {name}: is missing and is needed"
+    if kind == "enum" or kind.startswith("literal"):
+        return f"{where}: {name}: expected {error['ctx']['expected']}, found {_found(error['input'])}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if kind.endswith("_type"):
+        wanted = message.removeprefix("Input should be ").removeprefix("a valid ")
+        article = "" if wanted.startswith(("a ", "an ")) else "a "
+        return f"{where}: {name}: expected {article}{wanted}, found {_found(error['input'])}"
+    return f"{where}: {name}: {message}"
+
+
+def _model_at(model: type[BaseModel], loc: Location) -> type[BaseModel] | None:
+    current: type[BaseModel] | None = model
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        if current is None:
+            return None
+        info = current.model_fields.get(part) or next(
+            (f for f in current.model_fields.values() if f.alias == part), None
+        )
+        if info is None:
+            continue  # the key of a mapping: its values' model was already found
+        current = next(_models_in(info.annotation), None)
+    return current
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models_in(argument)
+
+
+def unknown_name(what: str, name: str, known: list[str]) -> DefinitionError:
+    """The error for a name that stands for nothing, with the nearest that does."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known) or 'none'}."
+    return DefinitionError(f"unknown {what} {name!r}", hint=hint)
+
+
+def digest_of(*parts: bytes | str) -> str:
+    """SHA-256 over `parts`, each framed by its length so that no two lists collide; hexadecimal."""
+    total = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        total.update(len(data).to_bytes(8, "big") + data)
+    return total.hexdigest()

@@ -1,0 +1,150 @@
+"""Finding labs and scenarios: in the folders of whoever runs us, and in the library that comes with lsmlab."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from lsmlab import definition, lab, scenario
+from lsmlab.errors import DefinitionError
+from lsmlab.lab import Lab
+from lsmlab.scenario import Scenario
+
+T = TypeVar("T")
+SKIPPED = frozenset({".git", ".venv", "node_modules", "__pycache__", "build", "dist"})
+DEFAULT_LAB = "debian-13"
+
+
+def library() -> Path:
+    """The folder that holds lsmlab's own `labs` and `scenarios`: in the package, or in the source tree."""
+    installed = Path(__file__).parent / "library"
+    return installed if installed.is_dir() else Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Found(Generic[T]):
+    """What a search found: files by id, those of the current folder before the library's."""
+
+    own: dict[str, Path]
+    built_in: dict[str, Path]
+
+    def get(self, name: str) -> Path | None:
+        """The file of one id, or None."""
+        return self.own.get(name) or self.built_in.get(name)
+
+    @property
+    def ids(self) -> list[str]:
+        """Every id, sorted."""
+        return sorted({*self.own, *self.built_in})
+
+
+def scenario_files(root: Path) -> dict[str, Path]:
+    """Every scenario file below `root`, by id (its folder's name). Raises DefinitionError where two share one."""
+    return _by_id(
+        ((p.parent.name, p) for p in _walk(root, scenario.FILE_NAME) if definition.peek_kind(p) == scenario.KIND),
+        "scenario",
+    )
+
+
+def lab_files(root: Path) -> dict[str, Path]:
+    """Every lab file directly in `root`, by id."""
+    files = sorted(root.glob("*.yaml")) if root.is_dir() else []
+    return _by_id(((p.stem, p) for p in files if definition.peek_kind(p) == lab.KIND), "lab")
+
+
+def _walk(root: Path, name: str) -> Iterable[Path]:
+    if root.is_file():
+        yield root
+        return
+    for folder in sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else ():
+        if folder.name in SKIPPED:
+            continue
+        if (folder / name).is_file():
+            yield folder / name
+        yield from _walk(folder, name)
+
+
+def _by_id(pairs: Iterable[tuple[str, Path]], what: str) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for name, path in pairs:
+        if name in found:
+            raise DefinitionError(
+                f"two {what}s are called {name!r}: {found[name]} and {path}", hint="Rename one of them."
+            )
+        found[name] = path
+    return found
+
+
+def _search(folder: str, files: Callable[[Path], dict[str, Path]], base: Path | None) -> Found[T]:
+    own_root = ((base or Path.cwd()) / folder).resolve()
+    built_in_root = (library() / folder).resolve()
+    own = {} if own_root == built_in_root else files(own_root)
+    return Found(own, files(built_in_root))
+
+
+def scenarios(base: Path | None = None) -> Found[Scenario]:
+    """The scenarios of `base`/scenarios (the current folder's by default) and of the library."""
+    return _search("scenarios", scenario_files, base)
+
+
+def labs(base: Path | None = None) -> Found[Lab]:
+    """The labs of `base`/labs and of the library."""
+    return _search("labs", lab_files, base)
+
+
+def load_lab(name: str = DEFAULT_LAB, base: Path | None = None) -> Lab:
+    """The lab called `name`. Raises DefinitionError with the nearest name."""
+    found = labs(base)
+    path = found.get(name)
+    if path is None:
+        raise definition.unknown_name("lab", name, found.ids)
+    return lab.load(path, found.get)
+
+
+def load_scenario_file(path: Path, base: Path | None = None) -> Scenario:
+    """One scenario file; what it extends is looked for beside it, in the current folder and in the library."""
+    found = scenarios(base)
+    beside = path.resolve().parent.parent
+
+    def find(name: str) -> Path | None:
+        sibling = beside / name / scenario.FILE_NAME
+        return sibling if sibling.is_file() else found.get(name)
+
+    return scenario.load(path, find)
+
+
+def load_scenarios(names: Iterable[str] = (), base: Path | None = None) -> tuple[Scenario, ...]:
+    """The scenarios called `names`: ids, folders or files. None named: all of the current folder, else the library's.
+
+    Raises DefinitionError for a name that stands for nothing, and for a folder without scenarios.
+    """
+    found = scenarios(base)
+    paths: dict[Path, None] = {}
+    for name in names:
+        direct = found.get(name)
+        if direct is not None:
+            paths[direct] = None
+            continue
+        place = Path(name)
+        if not place.exists():
+            raise definition.unknown_name("scenario", name, found.ids)
+        paths |= dict.fromkeys(_in_place(place))
+    if not paths:
+        paths = dict.fromkeys((found.own or found.built_in).values())
+    return tuple(load_scenario_file(path, base) for path in paths)
+
+
+def _in_place(place: Path) -> list[Path]:
+    if place.is_file():
+        return [place]
+    below = list(scenario_files(place).values())
+    if (place / scenario.FILE_NAME).is_file():
+        below = [place / scenario.FILE_NAME, *below]
+    if not below:
+        raise DefinitionError(
+            f"{place}: no {scenario.FILE_NAME} with `kind: {scenario.KIND}` in it",
+            hint="Name a scenario, its folder or its file; `lsmlab scenarios` lists those that are known.",
+        )
+    return below

@@ -1,0 +1,208 @@
+"""The kernel's own records: reading the audit log, and what one denial says.
+
+Record formats: https://github.com/linux-audit/audit-documentation/wiki and the kernel's security/selinux/avc.c and
+security/apparmor/audit.c. Values that a process can choose are quoted, or hex-encoded when they hold a space, a quote
+or a control character (kernel/audit.c, audit_string_contains_control).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from lsmlab.definition import Strict
+from lsmlab.facts import domain_of
+from lsmlab.terms import Framework
+
+ENRICHMENT = "\x1d"
+"""auditd separates its own translations of numbers (log_format=ENRICHED) from the kernel's fields by this byte."""
+
+ENCODED_FIELDS = frozenset(
+    {"name", "path", "comm", "exe", "cwd", "proctitle", "profile", "key", "target", "peer", "info"}
+)
+MODE_CHANGES = frozenset({"MAC_STATUS", "MAC_POLICY_LOAD", "MAC_CONFIG_CHANGE"})
+"""SELinux: enforcing switched, policy loaded, boolean changed."""
+
+_HEAD = re.compile(r"(?:node=\S+ )?type=(\S+) msg=audit\((\d+\.\d+):(\d+)\): ?(.*)", re.DOTALL)
+_FIELD = re.compile(r"""([A-Za-z_][\w-]*)=("(?:[^"]*)"|'(?:[^']*)'|\S*)""")
+_AVC = re.compile(r"avc:\s+(denied|granted)\s+\{([^}]*)\} for\s+(.*)", re.DOTALL)
+_HEX = re.compile(r"(?:[0-9A-F]{2})+")
+
+
+class Record(Strict):
+    """One line of the audit log. `fields` hold decoded values."""
+
+    type: str
+    stamp: str
+    serial: int
+    fields: dict[str, str]
+    raw: str
+
+    @property
+    def event(self) -> tuple[str, int]:
+        """Time stamp and serial: all records of one event share both."""
+        return (self.stamp, self.serial)
+
+
+class Denial(Strict):
+    """One record of the kernel saying no, or saying that it would have said no.
+
+    `effective`: the access was refused; an AVC with permissive=0, or AppArmor DENIED or KILLED, and no SYSCALL record
+    of the same event that says success=yes (a denied capability that another rule then made unnecessary).
+    """
+
+    framework: Framework
+    effective: bool
+    logged_only: bool
+    """permissive=1, or ALLOWED under complain."""
+    event: tuple[str, int]
+    pid: int | None
+    ppid: int | None
+    auid: int | None
+    comm: str
+    subject: str
+    """Source context, or profile."""
+    object: str
+    """Target context, or empty under AppArmor."""
+    tclass: str
+    permissions: tuple[str, ...]
+    name: str
+    """Path or name of the object, as the record has it."""
+    paths: tuple[tuple[str, int | None], ...]
+    """(name, inode) of the PATH records of the same event."""
+    dev: str
+    ino: int | None
+    operation: str
+    syscall_success: bool | None
+    """None: no SYSCALL record belongs to the event."""
+    raw: tuple[str, ...]
+    """The record and the others of its event, as the kernel and auditd wrote them."""
+
+    @property
+    def subject_domain(self) -> str:
+        """The SELinux type or AppArmor profile that acted."""
+        return domain_of(self.subject)
+
+    @property
+    def object_type(self) -> str:
+        """The SELinux type acted upon; empty under AppArmor."""
+        return domain_of(self.object) if self.object else ""
+
+    @property
+    def headline(self) -> str:
+        """The record itself, without auditd's translations."""
+        return self.raw[0]
+
+
+def parse_line(line: str) -> Record | None:
+    """One line of /var/log/audit/audit.log, or None where it is no audit record. Never raises."""
+    kernel_part = line.rstrip("\n").partition(ENRICHMENT)[0]
+    match = _HEAD.match(kernel_part)
+    if match is None:
+        return None
+    kind, stamp, serial, body = match.groups()
+    return Record(type=kind, stamp=stamp, serial=int(serial[:18]), fields=_fields(body), raw=kernel_part)
+
+
+def parse(text: str) -> tuple[Record, ...]:
+    """All records of a piece of the audit log, in order; lines that are no records are passed over."""
+    return tuple(r for r in (parse_line(line) for line in text.split("\n")) if r is not None)
+
+
+def _fields(body: str) -> dict[str, str]:
+    avc = _AVC.search(body)
+    found: dict[str, str] = {}
+    rest = body
+    if avc is not None:
+        found["avc"] = avc[1]
+        found["permissions"] = " ".join(avc[2].split())
+        rest = avc[3]
+        before = body[: avc.start()]
+        found |= {k: _decode(k, v) for k, v in _FIELD.findall(before) if k != "msg"}
+    for key, value in _FIELD.findall(rest):
+        # The first one counts: what a process chose stands behind what the kernel wrote.
+        found.setdefault(key, _decode(key, value))
+    return found
+
+
+def _decode(key: str, value: str) -> str:
+    if value[:1] in {'"', "'"}:
+        return value[1:-1] if len(value) > 1 and value[-1] == value[0] else value[1:]
+    if key in ENCODED_FIELDS and _HEX.fullmatch(value):
+        return bytes.fromhex(value).decode("utf-8", "backslashreplace")
+    return value
+
+
+def _number(value: str | None) -> int | None:
+    return int(value) if value is not None and re.fullmatch(r"-?\d{1,18}", value) else None
+
+
+def denials(records: Iterable[Record]) -> tuple[Denial, ...]:
+    """The denials among `records`, in order, each joined with the other records of its event."""
+    events: dict[tuple[str, int], list[Record]] = {}
+    for record in records:
+        events.setdefault(record.event, []).append(record)
+    return tuple(d for group in events.values() for r in group if (d := _denial(r, group)) is not None)
+
+
+def _denial(record: Record, event: list[Record]) -> Denial | None:
+    fields = record.fields
+    syscall = next((r for r in event if r.type == "SYSCALL"), None)
+    success = {"yes": True, "no": False}.get(syscall.fields.get("success", "")) if syscall else None
+    if record.type in {"AVC", "USER_AVC"} and fields.get("avc") == "denied":
+        framework, logged_only = Framework.SELINUX, fields.get("permissive") == "1"
+        says_no = fields.get("permissive") == "0" or (record.type == "USER_AVC" and not logged_only)
+        subject, target = fields.get("scontext", ""), fields.get("tcontext", "")
+        permissions = tuple(fields["permissions"].split())
+        tclass, operation = fields.get("tclass", ""), ""
+    elif fields.get("apparmor") in {"DENIED", "ALLOWED", "KILLED"}:
+        framework, logged_only = Framework.APPARMOR, fields["apparmor"] == "ALLOWED"
+        says_no = not logged_only
+        subject, target = fields.get("profile", ""), ""
+        permissions = tuple(_mask(fields))
+        tclass, operation = fields.get("class", ""), fields.get("operation", "")
+    else:
+        return None
+    others = tuple(r.raw for r in event if r is not record)
+    named = syscall.fields if syscall else {}
+    return Denial(
+        framework=framework,
+        effective=says_no and success is not True,
+        logged_only=logged_only,
+        event=record.event,
+        pid=_number(fields.get("pid")),
+        ppid=_number(named.get("ppid")),
+        auid=_number(named.get("auid")),
+        comm=fields.get("comm", ""),
+        subject=subject,
+        object=target,
+        tclass=tclass,
+        permissions=permissions,
+        name=fields.get("path") or fields.get("name", ""),
+        paths=tuple((r.fields.get("name", ""), _number(r.fields.get("inode"))) for r in event if r.type == "PATH"),
+        dev=fields.get("dev", ""),
+        ino=_number(fields.get("ino")),
+        operation=operation,
+        syscall_success=success,
+        raw=(record.raw, *others),
+    )
+
+
+def _mask(fields: dict[str, str]) -> Iterable[str]:
+    """AppArmor's denied permissions: file masks are letters, capabilities and others are words."""
+    if fields.get("capname"):
+        return [fields["capname"]]
+    mask = fields.get("denied_mask", "")
+    if fields.get("class") == "file" or fields.get("operation") in {"open", "exec", "file_mmap", "file_inherit"}:
+        return list(mask)
+    return mask.split()
+
+
+def mode_changes(records: Iterable[Record]) -> tuple[Record, ...]:
+    """Records that say that a mode, policy, boolean or profile was changed."""
+    return tuple(r for r in records if r.type in MODE_CHANGES or r.fields.get("apparmor") == "STATUS")
+
+
+def refused_calls(records: Iterable[Record]) -> tuple[Record, ...]:
+    """SYSCALL records of calls that failed with EACCES or EPERM, whoever refused them."""
+    return tuple(r for r in records if r.type == "SYSCALL" and r.fields.get("exit") in {"-13", "-1"})

@@ -1,0 +1,81 @@
+"""Labs: kinds of machine to experiment on. One file each, `labs/<id>.yaml`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from lsmlab import definition
+from lsmlab.definition import Definition, Strict
+from lsmlab.errors import DefinitionError
+from lsmlab.terms import Arm, Framework, Kernel
+
+KIND = "lsmlab/lab"
+FILE_KEYS = frozenset({"apparmor_profile"})
+
+Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+
+
+class DebianImage(Strict):
+    """A disk built from Debian packages with mmdebstrap."""
+
+    suite: Identifier
+    packages: tuple[str, ...] = Field(min_length=1)
+    disk_mib: int = Field(ge=1024, le=65536)
+    """Size of the root file system, MiB."""
+    masked_units: tuple[str, ...] = Field(default=())
+    """systemd units that no scenario needs and that only cost boot time."""
+    disabled_units: tuple[str, ...] = Field(default=())
+    """Units that are not started at boot: the experiment starts them in the mode under test."""
+
+
+class Service(Strict):
+    """What a distribution calls a service that scenarios attack."""
+
+    unit: str = Field(pattern=r"^[A-Za-z0-9:_.@-]+\.service$")
+    apparmor_profile: Path | None = Field(default=None)
+    """The profile that `lsmlab try` loads where the distribution ships none."""
+
+
+class Lab(Definition):
+    """A kind of machine. Units: memory in MiB."""
+
+    kind: Literal["lsmlab/lab"]
+    id: Identifier
+    title: str
+    backend: Literal["qemu"]
+    image: DebianImage
+    frameworks: tuple[Framework, ...] = Field(min_length=1)
+    memory_mib: int = Field(ge=256, le=65536)
+    kernel_arguments: dict[Kernel, str]
+    """The part of the kernel's command line that picks the framework, for each boot."""
+    services: dict[Identifier, Service] = Field(default_factory=dict)
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """Every arm that this lab can run, in the order of the experiment."""
+        return tuple(a for a in Arm if a.framework is None or a.framework in self.frameworks)
+
+    def service(self, name: str) -> Service:
+        """The service called `name`. Raises DefinitionError with the nearest name."""
+        found = self.services.get(name)
+        if found is None:
+            raise definition.unknown_name(f"service of lab {self.id}", name, sorted(self.services))
+        return found
+
+
+def load(path: Path, find: definition.Callable[[str], Path | None]) -> Lab:
+    """Read a lab file; `find` turns the id in `extends:` into a file. Raises DefinitionError."""
+    raw = definition.resolve(path, KIND, find, FILE_KEYS)
+    lab = definition.validate(Lab, raw, path)
+    if path.stem != lab.id:
+        raise DefinitionError(
+            f"{raw.origin(('id',), path)}: id: expected {path.stem!r}, the file's name; found {lab.id!r}"
+        )
+    wanted = {Kernel.NONE, *(Kernel(f.value) for f in lab.frameworks)}
+    missing = sorted(wanted - set(lab.kernel_arguments))
+    if missing:
+        raise DefinitionError(f"{raw.origin(('kernel_arguments',), path)}: kernel_arguments: {missing[0]} is missing")
+    return lab

@@ -1,0 +1,148 @@
+"""Which accelerator a guest can have: KVM where it proves itself with the lab's own kernel, else TCG.
+
+/dev/kvm may be there, open, and even make a virtual machine, and still be useless (nested virtualisation without
+hardware). So the lab's kernel is booted under it, without a disk, until it has done all its own work and panics for
+want of a root file system; a kernel that does not get there in time proves the opposite.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from lsmlab import host, paths
+from lsmlab.definition import digest_of
+from lsmlab.errors import HostError
+from lsmlab.machine.qemu import CPU, QEMU
+
+KVM = Path("/dev/kvm")
+PROOF_SECONDS = 12
+"""A kernel under a working KVM is through in two."""
+REMEMBERED = 15
+PROOF = "Unable to mount root fs"
+
+
+class KvmState(enum.StrEnum):
+    """What is known of KVM on this machine."""
+
+    PROVEN = "proven"
+    ABSENT = "absent"
+    DENIED = "denied"
+    BROKEN = "broken"
+
+
+ADVICE = {
+    KvmState.PROVEN: "",
+    KvmState.ABSENT: "Enable virtualisation in the firmware, load the module (modprobe kvm_intel or kvm_amd), or, in a "
+    "virtual machine, enable nested virtualisation.",
+    KvmState.DENIED: "Add yourself to the group that owns it: usermod --append --groups kvm $USER, then log in anew.",
+    KvmState.BROKEN: "Nested virtualisation without hardware support does this; use a host that has it.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Acceleration:
+    """The choice, and why."""
+
+    name: str
+    kvm: KvmState
+    detail: str
+
+    def sentence(self) -> str:
+        """One line for people."""
+        if self.name == "kvm":
+            return "KVM: proven with the lab's own kernel"
+        return f"TCG (software emulation): /dev/kvm is {self.kvm}: {self.detail}"
+
+
+def choose(kernel: Path, wanted: str = "auto") -> Acceleration:
+    """The accelerator for guests with this `kernel`; `wanted` is auto, kvm or tcg.
+
+    The answer is remembered until the kernel, QEMU or the boot of this machine changes. Raises HostError where KVM is
+    asked for and does not work.
+    """
+    if wanted == "tcg":
+        return Acceleration("tcg", KvmState.ABSENT, "not looked at: TCG was asked for")
+    key = _key(kernel)
+    found = _recall(key)
+    if found is None:
+        found = probe(kernel)
+        _remember(key, found)
+    state, detail = found
+    if state is KvmState.PROVEN:
+        return Acceleration("kvm", state, detail)
+    if wanted == "kvm":
+        raise HostError(f"KVM was asked for, and /dev/kvm is {state}: {detail}", hint=ADVICE[state])
+    return Acceleration("tcg", state, detail)
+
+
+def device_state() -> tuple[KvmState, str] | None:
+    """Absent or denied, as far as the device tells; None where it opens and has to prove itself."""
+    try:
+        os.close(os.open(KVM, os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError:
+        return KvmState.DENIED, f"{KVM} is there and may not be opened"
+    except OSError as error:
+        return KvmState.ABSENT, f"{KVM}: {error.strerror}"
+    return None
+
+
+def probe(kernel: Path) -> tuple[KvmState, str]:
+    """What KVM is worth here: boots `kernel` under it, at most `PROOF_SECONDS`. Leaves nothing behind."""
+    early = device_state()
+    if early is not None:
+        return early
+    argv = [
+        host.need(QEMU), "-nodefaults", "-no-user-config", "-display", "none", "-machine", "q35", "-accel", "kvm",
+        "-cpu", CPU["kvm"], "-m", "512M", "-kernel", str(kernel), "-no-reboot", "-serial", "stdio",
+        "-append", "console=ttyS0 root=/dev/none panic=-1",
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(  # noqa: S603
+            host.dying_with_us(argv), stdin=subprocess.DEVNULL, capture_output=True, timeout=PROOF_SECONDS, check=False
+        )
+        said = done.stdout.decode("ascii", "replace")
+        complaint = done.stderr.decode("utf-8", "replace").strip()
+    except subprocess.TimeoutExpired as late:
+        said = (late.stdout or b"").decode("ascii", "replace")
+        complaint = f"the lab's kernel was not through its boot after {PROOF_SECONDS} s"
+    if PROOF in said:
+        return KvmState.PROVEN, "the lab's kernel booted under it"
+    words = next((line for line in complaint.splitlines() if line.strip()), "the lab's kernel stopped without a word")
+    return KvmState.BROKEN, f"it opens, but {words}"
+
+
+def _key(kernel: Path) -> str:
+    stat = kernel.stat()
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    boot_id = boot.read_text("ascii") if boot.exists() else ""
+    access = str(os.access(KVM, os.R_OK | os.W_OK))
+    return digest_of(str(kernel), str(stat.st_mtime_ns), host.version(QEMU, "--version"), boot_id, access)[:32]
+
+
+def _file() -> Path:
+    return paths.state() / "acceleration.json"
+
+
+def _recall(key: str) -> tuple[KvmState, str] | None:
+    try:
+        entry = json.loads(_file().read_text("utf-8"))[key]
+        return KvmState(entry[0]), str(entry[1])
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None
+
+
+def _remember(key: str, found: tuple[KvmState, str]) -> None:
+    path = paths.make(paths.state()) / "acceleration.json"
+    draft = path.with_suffix(f".{os.getpid()}")
+    try:
+        known = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    kept = dict(list(known.items())[-REMEMBERED:])
+    draft.write_text(json.dumps({**kept, key: [found[0].value, found[1]]}), "utf-8")
+    draft.replace(path)

@@ -1,0 +1,328 @@
+"""A guest in QEMU: started from a kernel or from a saved state, driven over QMP, dying with us.
+
+Everything the guest and we share is a file descriptor that was open before QEMU started: control and agent are socket
+pairs, the overlay disk is unlinked once QEMU has it, and no path, port or file is left when either side is killed.
+Source of the options: https://www.qemu.org/docs/master/system/invocation.html
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp import QMPClient, QMPError
+from qemu.qmp.protocol import Runstate
+
+from lsmlab import host, portal
+from lsmlab.channel.agent import AgentChannel
+from lsmlab.channel.base import Channel
+from lsmlab.errors import ChannelError, LsmlabError, MachineError
+
+QEMU = "qemu-system-x86_64"
+QMP_SECONDS = 120.0
+"""How long one monitor command may take: a snapshot on a busy disk is the slowest."""
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+CPU = {
+    # cmpxchg16b under QEMU 7.2's TCG corrupts SLUB's lists with kernels from 6.12 on: the guest panics
+    "tcg": "max,cx16=off",
+    "kvm": "host",
+}
+CONSOLE_BYTES = 1 << 16
+"""The console's ring buffer lies in QEMU: a guest that floods it costs nothing. A power of two."""
+
+_alive: set[QemuMachine] = set()
+_alive_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What a guest is made of. A saved state fits this very hardware only. `memory_mib` in MiB."""
+
+    accelerator: str
+    memory_mib: int
+    qemu_version: str
+
+    def arguments(self) -> list[str]:
+        """QEMU's options for it; no default devices, no network."""
+        return [
+            "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none",
+            "-machine", "q35,usb=off,vmport=off", "-accel", self.accelerator, "-cpu", CPU[self.accelerator],
+            "-smp", "1", "-m", f"{self.memory_mib}M", "-sandbox", SANDBOX,
+            "-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0",
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """A cold start: kernel, initial RAM disk, command line."""
+
+    kernel: Path
+    initrd: Path
+    command_line: str
+
+
+class QemuMachine:
+    """One QEMU process. Made by `start`; use `stop` in a finally."""
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], qmp: socket.socket, agent: AgentChannel) -> None:
+        self.name = name
+        self._process = process
+        self._qmp_socket = qmp
+        self._agent = agent
+        self._client = QMPClient(f"qemu-{name}")
+        self._client.logger.disabled = True
+        self._console_text = ""
+        self.terminal_socket: socket.socket | None = None
+
+    @classmethod
+    def start(
+        cls,
+        name: str,
+        hardware: Hardware,
+        disk: Path,
+        *,
+        boot: Boot | None = None,
+        incoming: Path | None = None,
+        scratch: Path,
+        keep_overlay: Path | None = None,
+        timeout: float = 180,
+    ) -> QemuMachine:
+        """Start a guest on an overlay over `disk`, from `boot` or from the RAM state in file `incoming`.
+
+        The overlay lies in `scratch` and is unlinked, unless `keep_overlay` names where it shall stay. Blocks until
+        the agent answers, at most `timeout` seconds. Raises MachineError with the console's last lines.
+        """
+        if (boot is None) == (incoming is None):
+            raise ValueError("a guest starts from a kernel or from a saved state")
+        overlay = keep_overlay or Path(tempfile.mkstemp(prefix=f"{name}-", suffix=".qcow2", dir=scratch)[1])
+        host.run(
+            [host.need("qemu-img"), "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(disk), str(overlay)],
+            what="making the guest's disk",
+        )
+        machine = None
+        try:
+            machine = cls._spawn(name, hardware, overlay, boot, incoming)
+            machine._attach()
+            machine._come_up(incoming is not None, timeout)
+            if keep_overlay is None:
+                overlay.unlink()  # not sooner: a start from a saved state opens it again by name
+        except BaseException as error:
+            tail = machine.console_tail() if machine else ""
+            if machine:
+                machine.stop()
+            overlay.unlink(missing_ok=True)
+            if isinstance(error, LsmlabError):
+                where = f"\n  last lines of its console:\n{_indent(tail)}" if tail else ""
+                raise MachineError(f"guest {name} did not come up: {error.message}{where}", hint=error.hint) from error
+            raise
+        return machine
+
+    @classmethod
+    def _spawn(
+        cls, name: str, hardware: Hardware, overlay: Path, boot: Boot | None, incoming: Path | None
+    ) -> QemuMachine:
+        ours: list[socket.socket] = []
+        theirs: list[socket.socket] = []
+        for _ in range(3):
+            mine, its = socket.socketpair()
+            ours.append(mine)
+            theirs.append(its)
+        state = os.open(incoming, os.O_RDONLY) if incoming else -1
+        qmp, agent, terminal = (s.fileno() for s in theirs)
+        argv = [
+            host.need(QEMU), "-name", f"lsmlab-{name}", *hardware.arguments(),
+            "-drive", f"file={_escaped(overlay)},if=none,id=disk,format=qcow2,cache=unsafe,discard=unmap",
+            "-device", "virtio-blk-pci,drive=disk",
+            "-device", "virtio-serial-pci,id=serial",
+            "-chardev", f"socket,id=agent,fd={agent}",
+            "-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0",
+            "-chardev", f"socket,id=terminal,fd={terminal}", "-device", "virtconsole,chardev=terminal",
+            "-chardev", f"ringbuf,id=console,size={CONSOLE_BYTES}", "-serial", "chardev:console", "-no-reboot",
+            "-chardev", f"socket,id=control,fd={qmp}", "-mon", "chardev=control,mode=control",
+        ]  # fmt: skip
+        if boot is not None:
+            argv += ["-kernel", str(boot.kernel), "-initrd", str(boot.initrd), "-append", boot.command_line]
+        else:
+            argv += ["-incoming", f"fd:{state}"]
+        inherited = [qmp, agent, terminal, *([state] if incoming else [])]
+
+        def spawn() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(  # noqa: S603
+                host.dying_with_us(argv),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=inherited,
+                start_new_session=True,  # Ctrl-C is ours to handle: the guest is stopped in order
+            )
+
+        try:
+            process = portal.in_loop_thread(spawn)
+        except OSError as error:
+            raise MachineError(f"{QEMU} does not start: {error}") from error
+        finally:
+            for its in theirs:
+                its.close()
+            if incoming:
+                os.close(state)
+        machine = cls(name, process, ours[0], AgentChannel(ours[1], name))
+        machine.terminal_socket = ours[2]
+        with _alive_lock:
+            _alive.add(machine)
+        return machine
+
+    def _attach(self) -> None:
+        try:
+            portal.call(self._client.connect(self._qmp_socket), 30)
+        except (QMPError, OSError, EOFError, TimeoutError, asyncio.CancelledError) as error:
+            words = self._last_words()
+            raise MachineError(f"QEMU ended or does not answer: {words or error}") from error
+        self._agent.connect()
+
+    def _come_up(self, from_state: bool, timeout: float) -> None:
+        if from_state:
+            self._finish_incoming(time.monotonic() + 60)
+        try:
+            self._agent.wait_until_up(timeout)
+        except ChannelError as error:
+            if self._process.poll() is not None:
+                raise MachineError(f"QEMU ended: {self._last_words() or 'without a word'}") from error
+            raise
+
+    def _finish_incoming(self, deadline: float) -> None:
+        while True:
+            status = self.monitor("query-migrate").get("status")
+            if status == "completed":
+                break
+            if status in {"failed", "cancelled"} or time.monotonic() > deadline:
+                raise MachineError(f"the saved state cannot be loaded: {status}: {self._last_words()}")
+            time.sleep(0.01)
+        self.monitor("cont")
+
+    @property
+    def channel(self) -> Channel:
+        """See `Machine.channel`."""
+        return self._agent
+
+    @property
+    def agent(self) -> AgentChannel:
+        """The agent's channel, with its own commands."""
+        return self._agent
+
+    @property
+    def pid(self) -> int:
+        """QEMU's process."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """False when QEMU has ended."""
+        return self._process.poll() is None
+
+    def monitor(self, command: str, **arguments: Any) -> Any:
+        """One QMP command. Raises MachineError."""
+        try:
+            return portal.call(self._client.execute(command, arguments or None), QMP_SECONDS)
+        except (QMPError, OSError, EOFError, TimeoutError, asyncio.CancelledError) as error:
+            if not self.running:
+                raise MachineError(f"guest {self.name}: QEMU ended: {self._last_words() or 'killed'}") from error
+            raise MachineError(f"guest {self.name}: {command}: {error or type(error).__name__}") from error
+
+    def _human(self, line: str) -> None:
+        answer = self.monitor("human-monitor-command", **{"command-line": line})
+        if answer.strip():
+            raise MachineError(f"guest {self.name}: {line}: {answer.strip()}")
+
+    def snapshot(self, name: str) -> None:
+        """See `Machine.snapshot`."""
+        self._human(f"savevm {name}")
+
+    def restore(self, name: str) -> None:
+        """See `Machine.restore`."""
+        self._human(f"loadvm {name}")
+        if self.monitor("query-status").get("status") != "running":
+            self.monitor("cont")
+
+    def save(self, path: Path) -> None:
+        """Write the RAM state to `path` and leave the guest paused. Raises MachineError, also for a full disk."""
+        self.monitor("stop")
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            portal.call(self._send_descriptor(descriptor), 30)
+        finally:
+            os.close(descriptor)
+        # The default limit of 32 MiB/s is for a network (migrate-set-parameters, bytes per second)
+        self.monitor("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
+        self.monitor("migrate", uri="fd:ram")
+        deadline = time.monotonic() + QMP_SECONDS
+        while True:
+            progress = self.monitor("query-migrate")
+            if progress.get("status") == "completed":
+                return
+            if progress.get("status") in {"failed", "cancelled"} or time.monotonic() > deadline:
+                raise MachineError(f"guest {self.name}: saving its state: {progress.get('error-desc', progress)}")
+            time.sleep(0.02)
+
+    async def _send_descriptor(self, descriptor: int) -> None:
+        self._client.send_fd_scm(descriptor)
+        await self._client.execute("getfd", {"fdname": "ram"})
+
+    def console_tail(self, lines: int = 15) -> str:
+        """See `Machine.console_tail`. Control characters are taken out; empty once QEMU has ended."""
+        try:
+            text = self.monitor("ringbuf-read", device="console", size=CONSOLE_BYTES)
+        except MachineError:
+            return ""
+        clean = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e\n\t]", "", str(text))
+        self._console_text = (self._console_text + clean)[-CONSOLE_BYTES:]
+        return "\n".join([line for line in self._console_text.splitlines() if line.strip()][-lines:])
+
+    def _last_words(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(2)
+        if self._process.poll() is None or self._process.stderr is None:
+            return ""
+        os.set_blocking(self._process.stderr.fileno(), False)
+        words = (self._process.stderr.read() or b"").decode("utf-8", "replace").strip()
+        return words[-1000:] or f"exit status {self._process.returncode}"
+
+    def stop(self) -> None:
+        """See `Machine.stop`."""
+        self._process.kill()
+        with contextlib.suppress(Exception):
+            self._process.wait(10)
+        self._agent.close()
+        if self._client.runstate is not Runstate.IDLE:
+            with contextlib.suppress(Exception):
+                portal.call(self._client.disconnect(), 5)
+        for handle in (self.terminal_socket, self._process.stderr):
+            if handle is not None:
+                handle.close()
+        with _alive_lock:
+            _alive.discard(self)
+
+
+def stop_all() -> None:
+    """Stop every guest of this process: for Ctrl-C and the end of the program. Never raises."""
+    with _alive_lock:
+        machines = list(_alive)
+    for machine in machines:
+        machine._process.kill()  # noqa: SLF001 - a module-wide stop is the class's own business
+
+
+def _escaped(path: Path) -> str:
+    return str(path).replace(",", ",,")  # QEMU's option parser doubles commas
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())

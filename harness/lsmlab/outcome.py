@@ -1,0 +1,116 @@
+"""The record that is kept: verdict, attempts, evidence, and everything needed to repeat it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import computed_field
+
+from lsmlab.attempt import Observation
+from lsmlab.definition import Strict
+from lsmlab.evidence import Denial
+from lsmlab.terms import Arm, AttemptKind, Framework, Verdict
+from lsmlab.verdict import JudgedArm, JudgedAttempt
+
+SCHEMA: Literal[1] = 1
+"""Version of the record. A reader refuses what it does not know."""
+
+
+class AttemptRecord(JudgedAttempt):
+    """One attempt in one arm: judged, with the raw facts that the judgement rests on."""
+
+    observation: Observation | None = None
+
+
+class ArmRecord(JudgedArm):
+    """One arm. `seconds` is wall time, from the start of its guest."""
+
+    lsm: tuple[str, ...] = ()
+    command_line: str = ""
+    seconds: float = 0.0
+    attempts: tuple[AttemptRecord, ...] = ()
+
+
+class Environment(Strict):
+    """What the experiment ran on."""
+
+    lsmlab: str
+    image: str
+    """SHA-256 of the disk."""
+    kernel: str
+    packages: dict[str, str]
+    qemu: str
+    accelerator: str
+    memory_mib: int
+
+
+class Outcome(Strict):
+    """One scenario, on one lab, under one framework."""
+
+    record: Literal[1] = SCHEMA
+    id: str
+    recorded: str
+    """UTC, ISO 8601."""
+    scenario: str
+    scenario_digest: str
+    title: str
+    technique: str
+    lab: str
+    framework: Framework
+    verdict: Verdict
+    expected: Verdict
+    because: str
+    reason: str
+    environment: Environment
+    arms: tuple[ArmRecord, ...]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def as_expected(self) -> bool:
+        """True where the verdict is the one that the scenario's file states."""
+        return self.verdict is self.expected
+
+    def arm(self, name: Arm) -> ArmRecord | None:
+        """The record of one arm."""
+        return next((a for a in self.arms if a.arm is name), None)
+
+    @property
+    def attempts(self) -> tuple[tuple[str, AttemptKind], ...]:
+        """Every attempt's id and kind, in the scenario's order."""
+        found: dict[str, AttemptKind] = {}
+        for arm in self.arms:
+            found |= {a.attempt: a.kind for a in arm.attempts}
+        return tuple(found.items())
+
+    @property
+    def accounted(self) -> tuple[tuple[Arm, str, Denial], ...]:
+        """The denials that account for blocks: arm, attempt, denial."""
+        return tuple(
+            (arm.arm, attempt.attempt, attempt.attribution.denial)
+            for arm in self.arms
+            for attempt in arm.attempts
+            if attempt.attribution is not None and attempt.attribution.denial is not None
+        )
+
+    @property
+    def unexpected(self) -> tuple[tuple[Arm, str, Denial], ...]:
+        """Denials in benign work, even where it works: policy authors want them."""
+        return tuple(
+            (arm.arm, attempt.attempt, denial)
+            for arm in self.arms
+            for attempt in arm.attempts
+            if attempt.kind is AttemptKind.BENIGN
+            for denial in attempt.denials
+        )
+
+
+class Report(Strict):
+    """What `--json` writes."""
+
+    schema_: Literal[1] = SCHEMA
+    outcomes: tuple[Outcome, ...]
+
+    def to_json(self) -> str:
+        """JSON text: `{"schema": 1, "outcomes": [...]}`."""
+        body = ",".join(o.model_dump_json(exclude={"record"}) for o in self.outcomes)
+        return f'{{"schema": {self.schema_}, "outcomes": [{body}]}}\n'

@@ -1,0 +1,344 @@
+"""Scenarios: who does what to what, how DAC is made to permit it, and what is expected.
+
+One folder each, `scenarios/<id>/scenario.yaml` and the files that it uses.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, field_validator, model_validator
+
+from lsmlab import definition
+from lsmlab.definition import Definition, Strict
+from lsmlab.errors import DefinitionError
+from lsmlab.lab import Identifier
+from lsmlab.terms import AttemptKind, Framework, Verdict
+
+KIND = "lsmlab/scenario"
+FILE_NAME = "scenario.yaml"
+FILE_KEYS = frozenset({"from", "modules", "profiles"})
+
+CANARY = "{canary}"
+GuestPath = Annotated[str, StringConstraints(pattern=r"^/[^\x00\n]*$")]
+Words = Annotated[tuple[str, ...], Field(min_length=1)]
+ErrnoName = Literal["EACCES", "EPERM"]
+
+
+def _regex(value: str | None) -> str | None:
+    if value is not None:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+    return value
+
+
+class Subject(Strict):
+    """Who acts: a service of the lab, and the domain and profile that it must be found in."""
+
+    service: Identifier
+    selinux: str | None = None
+    """The SELinux type (domain), such as httpd_t."""
+    apparmor: str | None = None
+    """The AppArmor profile's name."""
+
+
+class Object(Strict):
+    """What is acted upon."""
+
+    path: GuestPath
+    tclass: str = Field(default="file", alias="class")
+    selinux: str | None = None
+    """The SELinux type of the object, such as shadow_t."""
+
+
+class Write(Strict):
+    """Write a file in the guest, in place, and give it the label that the policy gives its path."""
+
+    path: GuestPath
+    source: Path | None = Field(default=None, alias="from")
+    content: str | None = None
+    mode: str = Field(default="0644", pattern=r"^[0-7]{4}$")
+    owner: str = Field(default="root:root", pattern=r"^[a-z_][a-z0-9_-]*:[a-z_][a-z0-9_-]*$")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Write:
+        if (self.source is None) == (self.content is None):
+            raise ValueError("expected either `from` (a file beside this one) or `content`")
+        return self
+
+    def data(self) -> bytes:
+        """The bytes to write. Raises DefinitionError where the file is not there."""
+        if self.content is not None:
+            return self.content.encode()
+        assert self.source is not None
+        return read_file(self.source)
+
+
+class Step(Strict):
+    """One step of a scenario's set-up, done as root: exactly one of its keys."""
+
+    run: Words | None = None
+    write: Write | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Step:
+        if (self.run is None) == (self.write is None):
+            raise ValueError("expected exactly one of: run, write")
+        return self
+
+
+class HttpRequest(Strict):
+    """A request that a visitor sends to the service, from inside the guest, its path as it is written."""
+
+    path: str = Field(pattern=r"^/\S*$")
+    method: str = Field(default="GET", pattern=r"^[A-Z]+$")
+    port: int = Field(default=80, ge=1, le=65535)
+
+
+class Canary(Strict):
+    """A line with a random word, appended in place after the restore: who shows the word has read the object."""
+
+    file: GuestPath
+    line: str = CANARY
+
+    @field_validator("line")
+    @classmethod
+    def _has_canary(cls, value: str) -> str:
+        if CANARY not in value or "\n" in value:
+            raise ValueError(f"expected one line with {CANARY} in it")
+        return value
+
+
+class Effect(Strict):
+    """A command, run as root, whose output shows that the action happened; it must not show it before."""
+
+    run: Words
+    output: str
+
+    _check = field_validator("output")(_regex)
+
+
+class AllowedIf(Strict):
+    """The proof that the operation was done. All that is given must be seen."""
+
+    output: str | None = None
+    """A text that the output must contain; `{canary}` stands for the attempt's random word."""
+    status: int | None = Field(default=None, ge=100, le=599)
+    effect: Effect | None = None
+
+
+class BlockedIf(Strict):
+    """The sign of a block. All that is given must be seen."""
+
+    status: int | None = Field(default=None, ge=100, le=599)
+    exit: int | None = Field(default=None, ge=1, le=255)
+    signal: int | None = Field(default=None, ge=1, le=64)
+    output: str | None = None
+    """A regular expression that the output must match."""
+    timeout: bool = False
+
+    _check = field_validator("output")(_regex)
+
+    @model_validator(mode="after")
+    def _some(self) -> BlockedIf:
+        if not (self.status or self.exit or self.signal or self.output or self.timeout):
+            raise ValueError("expected at least one of: status, exit, signal, output, timeout")
+        return self
+
+
+class Attempt(Strict):
+    """One operation, tried once in each arm: a visitor's request, or a command run as the subject."""
+
+    id: Identifier
+    kind: AttemptKind
+    http: HttpRequest | None = None
+    run: Words | None = None
+    """A command, run with the service's own uid, groups, capabilities and domain or profile."""
+    canary: Canary | None = None
+    allowed_if: AllowedIf
+    blocked_if: tuple[BlockedIf, ...] = Field(default=())
+    """Signs of a block, any of which counts. A `run` that fails with EACCES or EPERM always counts."""
+    timeout: int = Field(default=15, ge=1, le=300)
+    """Seconds."""
+
+    @model_validator(mode="after")
+    def _provable(self) -> Attempt:
+        if (self.http is None) == (self.run is None):
+            raise ValueError("expected exactly one of: http, run")
+        proof = self.allowed_if
+        has_canary = proof.output is not None and CANARY in proof.output
+        if has_canary and self.canary is None:
+            raise ValueError("allowed_if.output names {canary}, and no `canary:` is planted")
+        if self.canary is not None and not has_canary:
+            raise ValueError("a canary is planted, and allowed_if.output does not look for {canary}")
+        if self.kind is AttemptKind.ATTACK and not has_canary and proof.effect is None:
+            raise ValueError(
+                "an attack needs a proof of success: allowed_if with a {canary} in `output`, or an `effect`"
+            )
+        if proof.output is None and proof.effect is None:
+            raise ValueError("allowed_if proves nothing: expected `output` or `effect`")
+        if self.http is None and (proof.status or any(b.status for b in self.blocked_if)):
+            raise ValueError("`status` is an HTTP status; this attempt is not an http one")
+        if self.http is not None and not self.blocked_if:
+            raise ValueError("an http attempt needs `blocked_if`, such as `- status: 403`")
+        return self
+
+
+class DenialExpectation(Strict):
+    """The kernel's record that must account for a block. What is not said is taken from subject and object."""
+
+    attempt: Identifier
+    permissions: Words
+    """Permissions of which at least one must be in the record: `read` (SELinux) or `r` (AppArmor)."""
+    tclass: str | None = Field(default=None, alias="class")
+    """SELinux: the object class. AppArmor: the rule class (file, cap, net, ...)."""
+    selinux_object: str | None = None
+    """SELinux: the object's type, where it is not the scenario's object."""
+    path: GuestPath | None = None
+    """The object's path, where it is not the scenario's object."""
+    operation: str | None = None
+    """AppArmor: the operation, such as open or exec."""
+
+
+class Expectation(Strict):
+    """What one framework is expected to do."""
+
+    verdict: Verdict
+    because: str
+    """The reason, from the policy; written before the first run."""
+    denials: tuple[DenialExpectation, ...] = Field(default=())
+
+
+class SelinuxPolicy(Strict):
+    """What the scenario adds to the distribution's SELinux policy."""
+
+    modules: tuple[Path, ...] = Field(default=())
+    """CIL modules, compiled natively in the image's root tree."""
+    booleans: dict[str, bool] = Field(default_factory=dict)
+
+
+class ApparmorPolicy(Strict):
+    """What the scenario adds to the distribution's AppArmor profiles."""
+
+    profiles: tuple[Path, ...] = Field(default=())
+
+
+class Dac(Strict):
+    """How DAC is made to permit the attack, and which access the explanation is about."""
+
+    opened_by: str
+    access: Literal["read", "write", "execute"] = "read"
+
+
+class Scenario(Definition):
+    """One scenario, as written in its file."""
+
+    kind: Literal["lsmlab/scenario"]
+    id: Identifier
+    title: str
+    story: str
+    technique: str = Field(pattern=r"^T\d{4}(\.\d{3})?$")
+    """MITRE ATT&CK technique."""
+    tags: tuple[str, ...] = Field(default=())
+    subject: Subject
+    object: Object
+    dac: Dac
+    setup: tuple[Step, ...] = Field(default=())
+    """Done once an arm, before the service is started in the mode under test."""
+    after_start: tuple[Step, ...] = Field(default=())
+    """Done once an arm, after the service was started."""
+    selinux: SelinuxPolicy = SelinuxPolicy()
+    apparmor: ApparmorPolicy = ApparmorPolicy()
+    attempts: tuple[Attempt, ...] = Field(min_length=1)
+    expected: dict[Framework, Expectation]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Scenario:
+        ids = [a.id for a in self.attempts]
+        twice = next((i for i in ids if ids.count(i) > 1), None)
+        if twice:
+            raise ValueError(f"two attempts are called {twice!r}")
+        attacks = [a.id for a in self.attempts if a.kind is AttemptKind.ATTACK]
+        if not attacks:
+            raise ValueError("attempts: expected at least one of kind attack")
+        if not self.expected:
+            raise ValueError("expected: expected selinux, apparmor or both")
+        for framework, expectation in self.expected.items():
+            self._check_expectation(framework, expectation, attacks)
+        return self
+
+    def _check_expectation(self, framework: Framework, expectation: Expectation, attacks: list[str]) -> None:
+        at = f"expected.{framework}"
+        name = self.subject.selinux if framework is Framework.SELINUX else self.subject.apparmor
+        if name is None:
+            raise ValueError(f"{at}: subject.{framework} is missing: the domain or profile that must be found")
+        for denial in expectation.denials:
+            if denial.attempt not in attacks:
+                raise ValueError(f"{at}.denials: {denial.attempt!r} is no attack of this scenario")
+        covered = {d.attempt for d in expectation.denials}
+        uncovered = [a for a in attacks if a not in covered]
+        if expectation.verdict is Verdict.CONTAINED and uncovered:
+            raise ValueError(f"{at}: CONTAINED needs the denial expected for attack {uncovered[0]!r}")
+
+    @property
+    def attacks(self) -> tuple[Attempt, ...]:
+        """The attempts of kind attack."""
+        return tuple(a for a in self.attempts if a.kind is AttemptKind.ATTACK)
+
+    @property
+    def benign(self) -> tuple[Attempt, ...]:
+        """The attempts that must keep working."""
+        return tuple(a for a in self.attempts if a.kind is AttemptKind.BENIGN)
+
+    def subject_name(self, framework: Framework) -> str:
+        """The domain or profile in which the subject must be found under `framework`."""
+        name = self.subject.selinux if framework is Framework.SELINUX else self.subject.apparmor
+        return name or ""
+
+    def files(self) -> tuple[Path, ...]:
+        """Every file beside the definition that the scenario uses, in a stable order."""
+        steps = (*self.setup, *self.after_start)
+        sources = [s.write.source for s in steps if s.write is not None and s.write.source is not None]
+        return (*sources, *self.selinux.modules, *self.apparmor.profiles)
+
+    def digest(self) -> str:
+        """SHA-256 over the definition and the content of its files; where the folder lies does not matter."""
+        names = {str(path): path.name for path in self.files()}
+        text = self.model_dump_json(by_alias=True)
+        for full, name in names.items():
+            text = text.replace(full, name)
+        return definition.digest_of(text, *(read_file(path) for path in self.files()))
+
+
+def read_file(path: Path) -> bytes:
+    """A file that a definition names. Raises DefinitionError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DefinitionError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def load(path: Path, find: definition.Callable[[str], Path | None]) -> Scenario:
+    """Read a scenario file; `find` turns the id in `extends:` into a file. Raises DefinitionError."""
+    raw = definition.resolve(path, KIND, find, FILE_KEYS)
+    scenario = definition.validate(Scenario, raw, path)
+    if path.parent.name != scenario.id:
+        where = raw.origin(("id",), path)
+        raise DefinitionError(f"{where}: id: expected {path.parent.name!r}, the folder's name; found {scenario.id!r}")
+    for file in scenario.files():
+        if not file.is_file():
+            where = next(
+                (o for loc, o in raw.origins.items() if _value_at(raw.data, loc) == str(file)), raw.origins[()]
+            )
+            raise DefinitionError(f"{where}: no such file: {file}")
+    return scenario
+
+
+def _value_at(data: Any, loc: definition.Location) -> Any:
+    for part in loc:
+        data = data[part]
+    return data

@@ -1,0 +1,120 @@
+"""The outcome store: one SQLite file, one row an outcome, written in one transaction; kill -9 loses nothing recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from lsmlab import paths
+from lsmlab.errors import DefinitionError, StoreError
+from lsmlab.outcome import Outcome
+
+VERSION = 1
+SCHEMA = """
+CREATE TABLE outcomes (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    recorded TEXT NOT NULL,
+    scenario TEXT NOT NULL,
+    lab TEXT NOT NULL,
+    framework TEXT NOT NULL,
+    verdict TEXT NOT NULL,
+    expected TEXT NOT NULL,
+    document TEXT NOT NULL
+) STRICT;
+CREATE INDEX outcomes_by_scenario ON outcomes (scenario, lab, framework);
+"""
+
+
+class Store:
+    """The store in `path`, or in the state folder. Made on first use. Safe for several processes and threads."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or paths.make(paths.state()) / "outcomes.sqlite"
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            # FULL: the row is on the disk before `add` returns (https://www.sqlite.org/pragma.html#pragma_synchronous)
+            connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            with contextlib.closing(connection):
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute("PRAGMA synchronous=FULL")
+                self._migrate(connection)
+                yield connection
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"{self.path}: {error}",
+                hint="If the file is damaged, move it away; lsmlab then begins a new one. Nothing was overwritten.",
+            ) from error
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        found = connection.execute("PRAGMA user_version").fetchone()[0]
+        if found == VERSION:
+            return
+        if found > VERSION:
+            raise StoreError(
+                f"{self.path}: written by a newer lsmlab (store version {found}; this one knows {VERSION})",
+                hint="Upgrade lsmlab.",
+            )
+        connection.execute("BEGIN IMMEDIATE")
+        if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
+            for statement in SCHEMA.split(";"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+        connection.execute("COMMIT")
+
+    def add(self, outcome: Outcome) -> int:
+        """Keep one outcome; its number. When this returns, the outcome survives a crash of machine and program."""
+        with self._open() as connection:
+            cursor = connection.execute(
+                "INSERT INTO outcomes (id, recorded, scenario, lab, framework, verdict, expected, document)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    outcome.id,
+                    outcome.recorded,
+                    outcome.scenario,
+                    outcome.lab,
+                    outcome.framework.value,
+                    outcome.verdict.value,
+                    outcome.expected.value,
+                    outcome.model_dump_json(exclude={"as_expected"}),
+                ),
+            )
+            return int(cursor.lastrowid or 0)
+
+    def recent(self, limit: int = 20) -> list[tuple[int, Outcome]]:
+        """The newest outcomes, newest first."""
+        with self._open() as connection:
+            rows = connection.execute(
+                "SELECT number, document FROM outcomes ORDER BY number DESC LIMIT ?", (limit,)
+            ).fetchall()
+        return [(number, self._read(number, document)) for number, document in rows]
+
+    def get(self, key: str) -> tuple[int, Outcome]:
+        """The outcome with the number or id (or its beginning) `key`. Raises DefinitionError where there is none."""
+        with self._open() as connection:
+            rows = connection.execute(
+                "SELECT number, document FROM outcomes WHERE number = ?1 OR id = ?2 OR (length(?2) > 3 AND id GLOB ?2 || '*')"
+                " LIMIT 2",
+                (int(key) if key.isdigit() and len(key) < 18 else -1, key),  # noqa: PLR2004 - SQLite's integers
+            ).fetchall()
+        if len(rows) != 1:
+            problem = "no outcome" if not rows else "more than one outcome"
+            raise DefinitionError(f"{problem} is called {key!r}", hint="`lsmlab show` lists the newest.")
+        return rows[0][0], self._read(*rows[0])
+
+    def count(self) -> int:
+        """How many outcomes are kept."""
+        with self._open() as connection:
+            return int(connection.execute("SELECT count(*) FROM outcomes").fetchone()[0])
+
+    def _read(self, number: int, document: str) -> Outcome:
+        try:
+            return Outcome.model_validate_json(document)
+        except ValidationError as error:
+            raise StoreError(f"{self.path}: outcome {number} cannot be read: {error.errors()[0]['msg']}") from error

@@ -1,0 +1,459 @@
+"""What attempts and evidence prove. Pure functions: no guest, no clock, no default.
+
+`judge` gives one attempt in one arm its result; `attribute` finds the denial that accounts for a block; `conclude`
+weighs the arms of one scenario under one framework. The rules are those of docs/design.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from lsmlab import evidence
+from lsmlab.attempt import Observation
+from lsmlab.dac import DacExplanation
+from lsmlab.definition import Strict
+from lsmlab.evidence import Denial, Record
+from lsmlab.facts import ModeFacts, domain_of
+from lsmlab.scenario import CANARY, Attempt, BlockedIf, DenialExpectation, Scenario
+from lsmlab.terms import (
+    CONTROL,
+    ENFORCING_ARM,
+    LOGGING_ARM,
+    Arm,
+    AttemptKind,
+    Framework,
+    Result,
+    SourceState,
+    Verdict,
+)
+
+REFUSED = re.compile(r"Permission denied|Operation not permitted")
+"""strerror(3) of EACCES and EPERM in the C locale, which the guests use."""
+SUBJECT_KEY = "lsmlab-subject"
+"""The audit key of the exec that starts a `run` attempt's program."""
+INODE_CLASSES = frozenset({"file", "dir", "lnk_file", "chr_file", "blk_file", "sock_file", "fifo_file"})
+
+
+class Judgement(Strict):
+    """One attempt's result in one arm, and the reason in words."""
+
+    result: Result
+    reason: str
+
+
+class Attribution(Strict):
+    """The denial that accounts for a block, or why none does."""
+
+    denial: Denial | None
+    misses: tuple[str, ...]
+    """For each denial that does not account for it: what does not fit."""
+
+
+class JudgedAttempt(Strict):
+    """One attempt in one arm, judged. `denials` are those of the subject's own processes."""
+
+    attempt: str
+    kind: AttemptKind
+    result: Result
+    reason: str
+    denials: tuple[Denial, ...] = ()
+    attribution: Attribution | None = None
+    dac: DacExplanation | None = None
+
+
+class JudgedArm(Strict):
+    """One arm: its attempts, or the error that kept it from running."""
+
+    arm: Arm
+    error: str = ""
+    service_active: bool = True
+    setup_denials: tuple[Denial, ...] = ()
+    """Effective denials of the subject's domain while the service was started."""
+    attempts: tuple[JudgedAttempt, ...] = ()
+
+    @property
+    def service_denied(self) -> bool:
+        """The service could not start, and the policy is why."""
+        return not self.service_active and bool(self.setup_denials)
+
+
+class Conclusion(Strict):
+    """The verdict and its reason, one sentence for people."""
+
+    verdict: Verdict
+    reason: str
+
+
+def mode_problem(arm: Arm, mode: ModeFacts, profile: str) -> str:
+    """Why `mode` is not the arm's mode, or an empty text."""
+    if arm is Arm.DAC:
+        present = [f for f in Framework if f in mode.lsm]
+        return f"{present[0].display} is active in the kernel of the control arm" if present else ""
+    framework = arm.framework
+    assert framework is not None
+    if framework not in mode.lsm:
+        return f"the kernel has no {framework.display} (LSM list: {','.join(mode.lsm)})"
+    if framework is Framework.SELINUX:
+        if mode.selinux_enforcing is None:
+            return "SELinux has no policy loaded"
+        if mode.selinux_enforcing is not arm.enforcing:
+            return f"SELinux is {'enforcing' if mode.selinux_enforcing else 'permissive'}"
+        return ""
+    loaded = (mode.profiles or {}).get(profile)
+    if arm is Arm.APPARMOR_COMPLAIN and loaded not in {None, "complain"}:
+        return f"profile {profile} is in mode {loaded}"
+    return ""
+
+
+def judge(spec: Attempt, arm: Arm, seen: Observation, subject: str, *, changes_mode: bool = False) -> Judgement:
+    """The result of one attempt. `subject` is the domain or profile that must have acted.
+
+    Machine, mode and evidence first (failed), then object and subject (unclear), then the proofs.
+    """
+    records = evidence.parse(seen.log)
+    problem = _failure(arm, seen, records, subject, changes_mode=changes_mode)
+    if problem:
+        return Judgement(result=Result.FAILED, reason=problem)
+    problem = _unready(spec, seen) or (_wrong_subject(seen, records, subject) if arm is not Arm.DAC else "")
+    if problem:
+        return Judgement(result=Result.UNCLEAR, reason=problem)
+    proof = _proof_of_allowed(spec, seen)
+    if proof:
+        return Judgement(result=Result.ALLOWED, reason=proof)
+    sign = next((s for s in (_sign(b, seen) for b in spec.blocked_if) if s), "") or _refusal(spec, seen)
+    if sign:
+        return Judgement(result=Result.BLOCKED, reason=sign)
+    return Judgement(result=Result.UNCLEAR, reason=f"neither proof nor sign of a block: {ending(seen)}")
+
+
+def _failure(arm: Arm, seen: Observation, records: Sequence[Record], subject: str, *, changes_mode: bool) -> str:
+    for when, mode in (("before", seen.mode_before), ("after", seen.mode_after)):
+        problem = mode_problem(arm, mode, subject)
+        if problem and not (changes_mode and when == "after"):
+            return f"wrong mode {when} the attempt: {problem}"
+    if seen.source.state is SourceState.UNAVAILABLE:
+        return f"{seen.source.name} unavailable: {seen.source.detail}"
+    changes = evidence.mode_changes(records)
+    if changes and not changes_mode:
+        return f"mode or policy changed inside the window: {changes[0].raw[:200]}"
+    return ""
+
+
+def _unready(spec: Attempt, seen: Observation) -> str:
+    if not seen.object.exists:
+        return f"the object {seen.object.path} is absent"
+    if seen.canary_planted is False:
+        return "the canary could not be planted"
+    if seen.effect_before:
+        return "the effect was there before the attempt"
+    if seen.subject_before.service.active != "active":
+        return f"the service is {seen.subject_before.service.active}, not active"
+    if not seen.subject_before.workers:
+        return "the service has no process"
+    if spec.run is not None and seen.exit_code == 97 and seen.errors.startswith("lsmlab: "):
+        return seen.errors.removeprefix("lsmlab: ").strip()
+    return ""
+
+
+def _wrong_subject(seen: Observation, records: Sequence[Record], subject: str) -> str:
+    if seen.auid is not None:
+        started = [
+            r for r in records if r.type == "SYSCALL" and r.fields.get("key") == SUBJECT_KEY and _auid(r) == seen.auid
+        ]
+        done = [r for r in started if r.fields.get("success") == "yes"]
+        if not done:  # the exec itself was refused: the proofs decide; but a success without a proved subject is none
+            return "no exec record proves which domain the command ran in" if seen.exit_code == 0 else ""
+        found = domain_of(done[-1].fields.get("subj", ""))
+        return "" if found == subject else f"the command ran in {found or 'no domain'}, not in {subject}"
+    for process in seen.subject_before.workers:
+        if process.domain != subject:
+            return f"{process.name} (pid {process.pid}) runs in {process.domain or 'no domain'}, not in {subject}"
+    return ""
+
+
+def _auid(record: Record) -> int | None:
+    value = record.fields.get("auid", "")
+    return int(value) if value.isdigit() else None
+
+
+def _proof_of_allowed(spec: Attempt, seen: Observation) -> str:
+    proofs: list[str] = []
+    wanted = spec.allowed_if
+    if wanted.output is not None:
+        if wanted.output.replace(CANARY, seen.canary) not in seen.output:
+            return ""
+        proofs.append("the canary was read" if CANARY in wanted.output else f"the output has {wanted.output!r}")
+    if wanted.status is not None:
+        if seen.http_status != wanted.status:
+            return ""
+        proofs.append(f"HTTP {wanted.status}")
+    if wanted.effect is not None:
+        if not seen.effect_after:
+            return ""
+        proofs.append("the effect was seen")
+    return ", ".join(proofs)
+
+
+def _sign(wanted: BlockedIf, seen: Observation) -> str:
+    signs = [
+        (wanted.status, seen.http_status == wanted.status, f"HTTP {wanted.status}"),
+        (wanted.exit, seen.exit_code == wanted.exit, f"exit status {wanted.exit}"),
+        (wanted.signal, seen.signal == wanted.signal, f"signal {wanted.signal}"),
+        (wanted.timeout, seen.timed_out, "timed out"),
+    ]
+    if wanted.output is not None:
+        match = re.search(wanted.output, seen.output + seen.errors)
+        signs.append((wanted.output, match is not None, match[0] if match else ""))
+    declared = [(seen_it, words) for is_declared, seen_it, words in signs if is_declared]
+    return ", ".join(words for _, words in declared) if all(ok for ok, _ in declared) else ""
+
+
+def _refusal(spec: Attempt, seen: Observation) -> str:
+    if spec.run is None or seen.exit_code in {0, None}:
+        return ""
+    match = REFUSED.search(seen.errors)
+    return f"{match[0]} (exit status {seen.exit_code})" if match else ""
+
+
+def ending(seen: Observation) -> str:
+    """How an operation ended, in words."""
+    if seen.timed_out:
+        return f"timed out after {seen.seconds:.0f} s"
+    first = next(
+        (line.strip() for line in (seen.errors + "\n" + seen.output).splitlines() if line.strip()), "no output"
+    )
+    if seen.http_status is not None:
+        return f"HTTP {seen.http_status}"
+    return f"signal {seen.signal}" if seen.signal is not None else f"exit status {seen.exit_code}, {first[:160]!r}"
+
+
+def own_denials(seen: Observation) -> tuple[Denial, ...]:
+    """The denials in the window that belong to the subject's processes."""
+    return tuple(d for d in evidence.denials(evidence.parse(seen.log)) if _is_subjects(d, seen))
+
+
+def _is_subjects(denial: Denial, seen: Observation) -> bool:
+    if seen.auid is not None:
+        return denial.auid == seen.auid
+    processes = (*seen.subject_before.processes, *seen.subject_after.processes)
+    return denial.pid in {p.pid for p in processes} or denial.ppid in {p.pid for p in processes}
+
+
+def attribute(
+    scenario: Scenario, framework: Framework, expected: DenialExpectation | None, seen: Observation
+) -> Attribution:
+    """The effective denial in the window that is of the expected subject, object and permission."""
+    misses: list[str] = []
+    for denial in evidence.denials(evidence.parse(seen.log)):
+        if denial.framework is not framework:
+            continue
+        miss = _misfit(denial, scenario, framework, expected, seen)
+        if not miss:
+            return Attribution(denial=denial, misses=())
+        misses.append(f"{miss}: {denial.headline}")
+    return Attribution(denial=None, misses=tuple(misses))
+
+
+def _misfit(
+    denial: Denial, scenario: Scenario, framework: Framework, expected: DenialExpectation | None, seen: Observation
+) -> str:
+    subject = scenario.subject_name(framework)
+    if denial.subject_domain != subject:
+        return f"another subject ({denial.subject_domain}, not {subject})"
+    if not _is_subjects(denial, seen):
+        return f"another process (pid {denial.pid})"
+    if not denial.effective:
+        return "not effective: " + ("logged only" if denial.logged_only else "the call succeeded all the same")
+    if expected is not None and not set(expected.permissions) & set(denial.permissions):
+        return f"another permission ({' '.join(denial.permissions)}, not {' or '.join(expected.permissions)})"
+    if expected is not None and expected.operation not in {None, denial.operation}:
+        return f"another operation ({denial.operation}, not {expected.operation})"
+    check = _selinux_object if framework is Framework.SELINUX else _apparmor_object
+    return check(denial, scenario, expected, seen)
+
+
+def _selinux_object(denial: Denial, scenario: Scenario, expected: DenialExpectation | None, seen: Observation) -> str:
+    tclass = (expected.tclass if expected else None) or scenario.object.tclass
+    if denial.tclass != tclass:
+        return f"another class ({denial.tclass}, not {tclass})"
+    wanted = (expected.selinux_object if expected else None) or scenario.object.selinux
+    if wanted is not None and denial.object_type != wanted:
+        return f"another object type ({denial.object_type}, not {wanted})"
+    path = expected.path if expected else None
+    if path is not None:
+        same = denial.name in {path, path.rpartition("/")[2]}
+        return "" if same else f"another object ({denial.name}, not {path})"
+    redirected = expected is not None and expected.selinux_object is not None
+    if tclass in INODE_CLASSES and not redirected and (denial.ino, denial.dev) != (seen.object.ino, seen.object.device):
+        return f"another object (inode {denial.ino} on {denial.dev}, not {seen.object.ino} on {seen.object.device})"
+    return ""
+
+
+def _apparmor_object(denial: Denial, scenario: Scenario, expected: DenialExpectation | None, seen: Observation) -> str:
+    tclass = expected.tclass if expected else None
+    if tclass is not None and denial.tclass not in {tclass, ""}:  # kernels before 6.5 write no class
+        return f"another class ({denial.tclass}, not {tclass})"
+    path = (expected.path if expected else None) or seen.object.real or scenario.object.path
+    if tclass not in {None, "file"}:
+        return ""
+    return "" if denial.name == path else f"another object ({denial.name}, not {path})"
+
+
+def conclude(framework: Framework, arms: Mapping[Arm, JudgedArm]) -> Conclusion:
+    """The verdict of one scenario under one framework, by the order of precedence in docs/design.md."""
+    weighing = _Weighing(framework, arms)
+    rules = (
+        weighing.not_contained, weighing.error, weighing.inconclusive, weighing.control_blocked,
+        weighing.unattributed, weighing.overblocked, weighing.benign_broken,
+    )  # fmt: skip
+    for rule in rules:
+        found = rule()
+        if found is not None:
+            return found
+    return weighing.contained()
+
+
+class _Weighing:
+    """The three arms of one framework, and one method for each verdict."""
+
+    def __init__(self, framework: Framework, arms: Mapping[Arm, JudgedArm]) -> None:
+        self.framework = framework
+        self.names = (CONTROL, LOGGING_ARM[framework], ENFORCING_ARM[framework])
+        self.arms = {name: arms.get(name) or JudgedArm(arm=name, error="the arm was not run") for name in self.names}
+        self.control, self.logging, self.enforcing = (self.arms[name] for name in self.names)
+        known: dict[str, AttemptKind] = {}
+        for arm in self.arms.values():
+            known |= {a.attempt: a.kind for a in arm.attempts}
+        self.attacks = [a for a, kind in known.items() if kind is AttemptKind.ATTACK]
+        self.benign = [a for a, kind in known.items() if kind is AttemptKind.BENIGN]
+
+    def of(self, arm: JudgedArm, attempt: str) -> JudgedAttempt:
+        found = next((a for a in arm.attempts if a.attempt == attempt), None)
+        reason = arm.error or "the attempt was not made"
+        return found or JudgedAttempt(attempt=attempt, kind=AttemptKind.ATTACK, result=Result.FAILED, reason=reason)
+
+    def result(self, arm: JudgedArm, attempt: str) -> Result:
+        return self.of(arm, attempt).result
+
+    def blocked_in_control(self) -> list[str]:
+        return [a for a in self.attacks if self.result(self.control, a) is Result.BLOCKED]
+
+    def needed(self) -> list[tuple[JudgedArm, JudgedAttempt]]:
+        """What the verdict rests on: attacks in the control; and, unless one is blocked there, everything."""
+        pairs = [(self.control, a) for a in self.attacks]
+        if not self.blocked_in_control():
+            pairs += [(arm, a) for arm in (self.logging, self.enforcing) for a in self.attacks]
+            pairs += [(arm, a) for arm in self.arms.values() for a in self.benign]
+        return [(arm, self.of(arm, a)) for arm, a in pairs]
+
+    def not_contained(self) -> Conclusion | None:
+        for attack in self.attacks:
+            seen = self.of(self.enforcing, attack)
+            if seen.result is Result.ALLOWED and self.result(self.control, attack) is Result.ALLOWED:
+                logged = next((d for d in seen.denials if d.logged_only), None)
+                why = f"; the kernel only logged it: {logged.headline}" if logged else ""
+                return Conclusion(
+                    verdict=Verdict.NOT_CONTAINED,
+                    reason=f"{attack} succeeds under {self.framework.display} ({seen.reason}){why}",
+                )
+        return None
+
+    def error(self) -> Conclusion | None:
+        if not self.attacks:
+            broken = next((a for a in self.arms.values() if a.error), self.control)
+            return Conclusion(verdict=Verdict.ERROR, reason=f"{broken.arm}: {broken.error or 'no attack was made'}")
+        for arm, attempt in self.needed():
+            if attempt.result is Result.FAILED:
+                return Conclusion(verdict=Verdict.ERROR, reason=f"{arm.arm}: {attempt.attempt}: {attempt.reason}")
+        return None
+
+    def denied_benign(self) -> list[JudgedAttempt]:
+        """Benign work that the control permits, and that fails in the enforcing arm with a denial."""
+        found = []
+        for name in self.benign:
+            seen = self.of(self.enforcing, name)
+            denied = any(d.effective for d in seen.denials) or self.enforcing.service_denied
+            if seen.result is not Result.ALLOWED and self.result(self.control, name) is Result.ALLOWED and denied:
+                found.append(seen)
+        return found
+
+    def inconclusive(self) -> Conclusion | None:
+        overblocked = {a.attempt for a in self.denied_benign()}
+        for arm, attempt in self.needed():
+            excused = arm is self.enforcing and (arm.service_denied or attempt.attempt in overblocked)
+            if attempt.result is Result.UNCLEAR and not excused:
+                return Conclusion(
+                    verdict=Verdict.INCONCLUSIVE, reason=f"{arm.arm}: {attempt.attempt}: {attempt.reason}"
+                )
+        return None
+
+    def control_blocked(self) -> Conclusion | None:
+        for attack in self.blocked_in_control():
+            seen = self.of(self.control, attack)
+            if seen.dac is not None and not seen.dac.permitted:
+                return Conclusion(
+                    verdict=Verdict.DAC_BLOCKED, reason=f"{attack}: DAC alone forbids it: {seen.dac.rule}"
+                )
+            return Conclusion(
+                verdict=Verdict.CONTROL_BLOCKED,
+                reason=f"{attack}: blocked without MAC ({seen.reason}), and DAC is not why"
+                + (f": {seen.dac.rule}" if seen.dac else ""),
+            )
+        return None
+
+    def unattributed(self) -> Conclusion | None:
+        for attack in self.attacks:
+            in_logging = self.of(self.logging, attack)
+            explicit_deny = in_logging.attribution is not None and in_logging.attribution.denial is not None
+            if in_logging.result is Result.BLOCKED and not explicit_deny:
+                return Conclusion(
+                    verdict=Verdict.UNATTRIBUTED,
+                    reason=f"{attack}: blocked in {self.logging.arm} as well ({in_logging.reason}), with no denial",
+                )
+            seen = self.of(self.enforcing, attack)
+            if seen.result is Result.BLOCKED and (seen.attribution is None or seen.attribution.denial is None):
+                misses = seen.attribution.misses if seen.attribution else ()
+                near = f"; nearest: {misses[0]}" if misses else "; no denial in its window"
+                return Conclusion(
+                    verdict=Verdict.UNATTRIBUTED,
+                    reason=f"{attack}: blocked ({seen.reason}), and no effective denial accounts for it{near}",
+                )
+        return None
+
+    def overblocked(self) -> Conclusion | None:
+        denied = self.denied_benign()
+        if not denied:
+            return None
+        records = [d for d in (*denied[0].denials, *self.enforcing.setup_denials) if d.effective]
+        return Conclusion(
+            verdict=Verdict.OVERBLOCKED,
+            reason=f"{denied[0].attempt}: the service's own work is denied ({denied[0].reason}): {records[0].headline}",
+        )
+
+    def benign_broken(self) -> Conclusion | None:
+        if self.enforcing.service_denied:
+            return Conclusion(
+                verdict=Verdict.OVERBLOCKED,
+                reason=f"the service cannot start: {self.enforcing.setup_denials[0].headline}",
+            )
+        for arm in self.arms.values():
+            for name in self.benign:
+                seen = self.of(arm, name)
+                if seen.result is not Result.ALLOWED:
+                    return Conclusion(
+                        verdict=Verdict.INCONCLUSIVE, reason=f"{arm.arm}: {name}: does not work ({seen.reason})"
+                    )
+        return None
+
+    def contained(self) -> Conclusion:
+        attack = self.attacks[0]
+        seen = self.of(self.enforcing, attack)
+        assert seen.attribution is not None
+        assert seen.attribution.denial is not None
+        denial = seen.attribution.denial
+        what = f"{{ {' '.join(denial.permissions)} }} on {denial.name or denial.tclass}"
+        return Conclusion(
+            verdict=Verdict.CONTAINED,
+            reason=f"DAC permits {attack}; {self.framework.display} denies {denial.subject_domain} {what}",
+        )
