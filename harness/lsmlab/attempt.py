@@ -10,7 +10,7 @@ from lsmlab import facts
 from lsmlab.channel.base import Channel, CommandResult, run_script
 from lsmlab.definition import Strict
 from lsmlab.errors import ChannelError, CommandTimeoutError
-from lsmlab.scenario import CANARY, Attempt, Effect
+from lsmlab.scenario import CANARY, Attempt, Canary, Effect
 from lsmlab.terms import SourceState
 
 SENTINEL_SECONDS = 20
@@ -20,6 +20,8 @@ WINDOW_BYTES = 8 << 20
 KEPT_OUTPUT = 64 << 10
 """Characters of output that the record keeps; the judgement is made on all of it."""
 AUDIT_LOG = "audit log"
+CURL_TIMED_OUT = 28
+"""curl(1), EXIT CODES: operation timeout."""
 
 HTTP_STATUS = re.compile(r"http_code=(\d{3})\s*\Z")
 
@@ -59,51 +61,63 @@ def fresh_word() -> str:
     return secrets.token_hex(8)
 
 
-def make(
-    channel: Channel, spec: Attempt, unit: str, object_path: str, *, record_output: int = KEPT_OUTPUT
-) -> Observation:
-    """Do `spec` once. Side effects are the attempt's own, the canary's line and two audit records.
+class Opened(Strict):
+    """The facts before an attempt, and where its window in the audit log begins."""
+
+    subject: facts.SubjectFacts
+    object: facts.ObjectFacts
+    mode: facts.ModeFacts
+    audit: facts.AuditState
+
+
+def open_window(channel: Channel, unit: str, object_path: str) -> Opened:
+    """Read the facts that hold before an attempt. Changes nothing in the guest.
+
+    A snapshot taken right after this is the state that the facts describe, so every attempt that starts from the
+    snapshot may use them. Raises ChannelError where the guest does not answer or answers nonsense.
+    """
+    nonce = fresh_word()
+    sections = facts.Sections(run_script(channel, "window-open", nonce, unit, object_path).check().out, nonce)
+    return Opened(
+        subject=facts.subject_facts(sections),
+        object=facts.object_facts(sections, object_path),
+        mode=facts.mode_facts(sections),
+        audit=facts.audit_state(sections),
+    )
+
+
+def make(channel: Channel, spec: Attempt, unit: str, opened: Opened) -> Observation:
+    """Do `spec` once. Side effects are the attempt's own, the canary's line and an audit record.
 
     Raises ChannelError where the guest does not answer or answers nonsense.
     """
     word = fresh_word()
-    nonce = fresh_word()
-    canary = (spec.canary.file, spec.canary.line.replace(CANARY, word)) if spec.canary else ()
-    before = _sections(run_script(channel, "window-open", nonce, unit, object_path, *canary), nonce)
-    subject = facts.subject_facts(before)
-    opened = facts.audit_state(before)
+    planted = _plant(channel, spec.canary, word)
     effect_before = _effect(channel, spec.allowed_if.effect)
     auid = 0x40000000 | secrets.randbits(29) if spec.run else None
-    argv, result = _act(channel, spec, subject, auid)
+    argv, result = _act(channel, spec, opened.subject, auid)
     effect_after = _effect(channel, spec.allowed_if.effect)
-    sentinel = f"lsmlab-{fresh_word()}"
-    after = _sections(
-        run_script(
-            channel, "window-close", nonce, unit, str(opened.size), sentinel, str(SENTINEL_SECONDS), str(WINDOW_BYTES),
-            timeout=SENTINEL_SECONDS + 60,
-        ),
-        nonce,
-    )  # fmt: skip
-    source, log = read_window(after, opened, sentinel)
+    after, sentinel = close_window(channel, unit, opened.audit.size)
+    source, log = read_window(after, opened.audit, sentinel)
     status = HTTP_STATUS.search(result.err) if spec.http and result else None
     return Observation(
         attempt=spec.id,
         command=argv,
         exit_code=result.exit_code if result else None,
         signal=result.signal if result else None,
-        timed_out=result is None or (spec.http is not None and result.exit_code == 28),  # curl: operation timed out
-        output=result.out[:record_output] if result else "",
-        errors=result.err[:record_output] if result else "",
+        timed_out=result is None or (spec.http is not None and result.exit_code == CURL_TIMED_OUT),
+        output=result.out[:KEPT_OUTPUT] if result else "",
+        errors=result.err[:KEPT_OUTPUT] if result else "",
         http_status=int(status[1]) if status and status[1] != "000" else None,
         canary=word,
-        canary_planted=before["canary"].strip() == "planted" if spec.canary else None,
+        canary_planted=planted,
         effect_before=effect_before,
         effect_after=effect_after,
-        seconds=result.seconds if result else float(spec.timeout),
-        subject_before=subject,
+        seconds=round(result.seconds, 3) if result else float(spec.timeout),
+        subject_before=opened.subject,
         subject_after=facts.subject_facts(after),
-        object=facts.object_facts(before, object_path),
-        mode_before=facts.mode_facts(before),
+        object=opened.object,
+        mode_before=opened.mode,
         mode_after=facts.mode_facts(after),
         source=source,
         log=log,
@@ -111,8 +125,23 @@ def make(
     )
 
 
-def _sections(result: CommandResult, nonce: str) -> facts.Sections:
-    return facts.Sections(result.check().out, nonce)
+def close_window(channel: Channel, unit: str, offset: int) -> tuple[facts.Sections, str]:
+    """Send a sentinel through the audit queue and read the log from byte `offset` on, with the facts after it.
+
+    Returns the sections and the sentinel. Raises ChannelError.
+    """
+    nonce, sentinel = fresh_word(), f"lsmlab-{fresh_word()}"
+    arguments = (nonce, unit, str(offset), sentinel, str(SENTINEL_SECONDS), str(WINDOW_BYTES))
+    answer = run_script(channel, "window-close", *arguments, timeout=SENTINEL_SECONDS + 60)
+    return facts.Sections(answer.check().out, nonce), sentinel
+
+
+def _plant(channel: Channel, canary: Canary | None, word: str) -> bool | None:
+    """Append the canary's line in place, where the file is there; the file keeps its inode, mode and label."""
+    if canary is None:
+        return None
+    line = canary.line.replace(CANARY, word)
+    return channel.run(["sh", "-c", '[ -f "$1" ] && printf "%s\\n" "$2" >> "$1"', "plant", canary.file, line]).ok
 
 
 def _effect(channel: Channel, effect: Effect | None) -> bool | None:
@@ -145,8 +174,8 @@ def curl_command(spec: Attempt) -> tuple[str, ...]:
     assert spec.http is not None
     request = spec.http
     return (
-        "curl", "--silent", "--show-error", "--path-as-is", "--max-time", str(spec.timeout), "--request", request.method,
-        "--write-out", "%{stderr}http_code=%{http_code}", f"http://127.0.0.1:{request.port}{request.path}",
+        "curl", "--silent", "--show-error", "--path-as-is", "--max-time", str(spec.timeout),
+        "--request", request.method, "--write-out", "%{stderr}http_code=%{http_code}", f"http://127.0.0.1:{request.port}{request.path}",
     )  # fmt: skip
 
 

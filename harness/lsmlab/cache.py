@@ -58,7 +58,7 @@ def sweep() -> int:
         with contextlib.suppress(OSError):
             if not marker.exists():
                 # Between mkdtemp and the lock lies an instant; an old folder without a lock is a leftover
-                if _age(folder) < 60:  # noqa: PLR2004 - seconds
+                if _age(folder) < 60:
                     continue
                 remove(folder)
                 count += 1

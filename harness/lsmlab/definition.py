@@ -1,6 +1,7 @@
 """Reading the YAML files that people write: strict, every error with file and line.
 
-A definition may `extends:` another of the same kind: mappings are merged key by key, everything else is replaced.
+A definition may `extends:` another of the same kind: mappings are merged key by key, `key: null` takes a key away,
+everything else is replaced.
 Paths inside a file are relative to that file, also after merging.
 """
 
@@ -24,6 +25,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from lsmlab.errors import DefinitionError
 
 Location = tuple[str | int, ...]
+Finder = Callable[[str], Path | None]
+"""Turns an id into its file, or None."""
 Model = TypeVar("Model", bound="Definition")
 
 MAX_BYTES = 1 << 20  # a definition is read by people; a larger file is something else
@@ -142,7 +145,7 @@ def _found(value: Any) -> str:
         return "nothing"
     name = next((names[t] for t in names if isinstance(value, t)), type(value).__name__)
     text = repr(value)
-    return f"{name} ({text if len(text) <= 40 else text[:37] + '...'})" if not isinstance(value, (list, dict)) else name  # noqa: PLR2004
+    return f"{name} ({text if len(text) <= 40 else text[:37] + '...'})" if not isinstance(value, (list, dict)) else name
 
 
 def merge(base: RawDefinition, over: RawDefinition) -> RawDefinition:
@@ -158,6 +161,8 @@ def _merge(
     origins: dict[Location, Origin] = {}
     for key in [*low, *(k for k in high if k not in low)]:
         here = (*loc, key)
+        if key in high and high[key] is None:
+            continue  # `key: null` takes away what the base has
         if key in high and key in low and isinstance(low[key], dict) and isinstance(high[key], dict):
             data[key], inner = _merge(low[key], high[key], here, base, over)
             origins[here] = over.origins[here]
@@ -172,7 +177,7 @@ def _merge(
 def resolve(
     path: Path,
     kind: str,
-    find: Callable[[str], Path | None],
+    find: Finder,
     file_keys: frozenset[str],
     *,
     _chain: tuple[Path, ...] = (),

@@ -23,7 +23,7 @@ class Process(Strict):
     main: bool
     exe: str
     label: str
-    """/proc/PID/attr/current: an SELinux context, or an AppArmor profile with its mode, or empty without a framework."""
+    """/proc/PID/attr/current: an SELinux context, an AppArmor profile with its mode, or empty without a framework."""
     uids: tuple[int, int, int, int]
     """Real, effective, saved, file system."""
     gids: tuple[int, int, int, int]
@@ -55,7 +55,8 @@ class PathEntry(Strict):
     """Device number, hexadecimal, as stat(1) prints it."""
     ino: int
     acl: tuple[str, ...]
-    """Extended entries only: `user:1000:r--`, `group:42:r--`, `mask::r--`; empty where mode bits say it all."""
+    """All entries where there are extended ones: `user::rw-`, `user:1000:r--`, `group::r--`, `mask::r--`, `other::---`;
+    empty where the mode bits say it all."""
 
     @property
     def permissions(self) -> str:
@@ -137,7 +138,7 @@ class SubjectFacts(Strict):
 def domain_of(label: str) -> str:
     """`system_u:system_r:httpd_t:s0` -> `httpd_t`; `nginx (enforce)` -> `nginx`; `unconfined` stays."""
     parts = label.split(":")
-    if len(parts) >= 4 and parts[1].endswith("_r"):  # noqa: PLR2004 - user:role:type:level
+    if len(parts) >= 4 and parts[1].endswith("_r"):
         return parts[2]
     return re.sub(r" \((?:enforce|complain|kill|unconfined|mixed|user)\)$", "", label)
 
@@ -258,19 +259,19 @@ def _process(record: dict[str, list[str]], root_userns: str) -> Process:
 def object_facts(sections: Sections, path: str) -> ObjectFacts:
     """The object and every directory on the way. Raises ChannelError on nonsense."""
     lines = [line.split("\t", 1) for line in sections["object"].splitlines() if "\t" in line]
-    values = {key: value for key, value in lines if key not in {"path", "stat", "acl"}}
+    values = {key: value for key, value in lines if key in {"missing", "real", "label", "mount"}}
     if "missing" in values:
         return ObjectFacts(path=path, exists=False, real="", label="?", read_only=False, device="", chain=())
     try:
         options, _, source = values["mount"].partition(" ")
-        chain = tuple(
-            _path_entry(r) for r in _records("\n".join("\t".join(line) for line in lines), "path") if "stat" in r
-        )
+        text = "\n".join("\t".join(line) for line in lines)
+        acls = {_unescaped(r["aclfile"][0]): r.get("acl", []) for r in _records(text, "aclfile") if "aclfile" in r}
+        chain = tuple(_path_entry(r, acls) for r in _records(text, "path") if "stat" in r)
         return ObjectFacts(
             path=path,
             exists=True,
             real=values["real"],
-            label=values["label"],
+            label=values.get("label", "?"),
             read_only="ro" in options.split(","),
             device=source.strip().removeprefix("/dev/"),
             chain=chain,
@@ -279,10 +280,14 @@ def object_facts(sections: Sections, path: str) -> ObjectFacts:
         raise ChannelError(f"the object's facts cannot be read: {error!r}") from error
 
 
-def _path_entry(record: dict[str, list[str]]) -> PathEntry:
+def _unescaped(name: str) -> str:
+    """getfacl writes control characters, spaces and backslashes in file names as octal escapes."""
+    return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), name)
+
+
+def _path_entry(record: dict[str, list[str]], acls: dict[str, list[str]]) -> PathEntry:
     mode, uid, gid, dev, ino, user, group = record["stat"][0].split(" ")
-    entries = [a.split("#")[0].strip() for a in record.get("acl", ())]
-    extended = tuple(e for e in entries if not re.match(r"(?:user|group|other)::", e) or "mask::" in e)
+    entries = [a.split("#")[0].strip() for a in acls.get(record["path"][0], ())]
     return PathEntry(
         path=record["path"][0],
         mode=int(mode, 16),
@@ -292,5 +297,5 @@ def _path_entry(record: dict[str, list[str]]) -> PathEntry:
         group=group,
         dev=dev,
         ino=int(ino),
-        acl=tuple(entries) if extended else (),
+        acl=tuple(e for e in entries if e and not e.startswith("default:")),
     )

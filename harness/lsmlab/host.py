@@ -48,7 +48,7 @@ def version(program: str, *arguments: str) -> str:
     if found is None:
         return "missing"
     try:
-        done = subprocess.run(  # noqa: S603
+        done = subprocess.run(
             [found, *arguments], capture_output=True, text=True, errors="replace", timeout=20, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -84,7 +84,7 @@ def run(argv: Sequence[str], *, what: str, stdin: bytes = b"", timeout: float = 
     Raises HostError with `what`, the command and its last words. The program and its children end with us, and when
     the wait is interrupted.
     """
-    process = subprocess.Popen(  # noqa: S603
+    process = subprocess.Popen(
         list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
     _running.add(process)

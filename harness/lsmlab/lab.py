@@ -66,7 +66,7 @@ class Lab(Definition):
         return found
 
 
-def load(path: Path, find: definition.Callable[[str], Path | None]) -> Lab:
+def load(path: Path, find: definition.Finder) -> Lab:
     """Read a lab file; `find` turns the id in `extends:` into a file. Raises DefinitionError."""
     raw = definition.resolve(path, KIND, find, FILE_KEYS)
     lab = definition.validate(Lab, raw, path)

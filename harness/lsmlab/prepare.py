@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lsmlab import attempt, evidence, facts
-from lsmlab.channel.base import Channel, run_script
+from lsmlab import attempt, evidence
+from lsmlab.channel.base import Channel
 from lsmlab.errors import ChannelError, SetupError
 from lsmlab.evidence import Denial
 from lsmlab.framework import FRAMEWORKS
@@ -73,11 +73,8 @@ def bring_into(channel: Channel, arm: Arm, plan: Plan, image: Image) -> Prepared
 
 
 def _denials_since(channel: Channel, unit: str, offset: int) -> tuple[Denial, ...]:
-    nonce, sentinel = attempt.fresh_word(), f"lsmlab-{attempt.fresh_word()}"
-    arguments = (nonce, unit, str(offset), sentinel, str(attempt.SENTINEL_SECONDS), str(attempt.WINDOW_BYTES))
-    answer = run_script(channel, "window-close", *arguments, timeout=attempt.SENTINEL_SECONDS + 60).check()
-    log = facts.Sections(answer.out, nonce)["window"]
-    return tuple(d for d in evidence.denials(evidence.parse(log)) if d.effective)
+    sections, _ = attempt.close_window(channel, unit, offset)
+    return tuple(d for d in evidence.denials(evidence.parse(sections["window"])) if d.effective)
 
 
 def do_steps(channel: Channel, steps: Sequence[Step], where: str) -> None:
@@ -106,5 +103,5 @@ def _write(channel: Channel, write: Write) -> None:
             write.owner,
             write.path,
             folder if folder.count("/") > 1 else write.path,
-        ]  # fmt: skip
+        ]
     ).check()

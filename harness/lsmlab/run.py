@@ -103,28 +103,27 @@ def _attempts(bench: Bench, machine: QemuMachine, scenario: Scenario, arm: Arm, 
     plan = prepare.plan_of(scenario, bench.lab)
     bench.progress.step(task, "entering the arm: set-up, policy, mode, service")
     prepared = prepare.bring_into(machine.channel, arm, plan, bench.image)
+    opened = attempt.open_window(machine.channel, plan.unit, plan.object_path)
     machine.snapshot(READY)
     records: list[AttemptRecord] = []
-    lsm: tuple[str, ...] = ()
     for number, spec in enumerate(scenario.attempts):
         bench.progress.step(task, f"{spec.kind} {spec.id}")
         if number:
             machine.restore(READY)
         try:
-            seen = attempt.make(machine.channel, spec, plan.unit, plan.object_path)
+            seen = attempt.make(machine.channel, spec, plan.unit, opened)
         except ChannelError as error:
             records.append(_failed(spec, str(error)))
             if not machine.running:
                 break
             continue
-        lsm = seen.mode_before.lsm
         records.append(judge_attempt(scenario, spec, arm, seen))
     subjects = {scenario.subject_name(f) for f in scenario.expected}
     return ArmRecord(
         arm=arm,
         service_active=prepared.service_active,
         setup_denials=tuple(d for d in prepared.setup_denials if d.subject_domain in subjects),
-        lsm=lsm,
+        lsm=opened.mode.lsm,
         attempts=tuple(records),
     )
 

@@ -322,7 +322,7 @@ def read_file(path: Path) -> bytes:
         raise DefinitionError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def load(path: Path, find: definition.Callable[[str], Path | None]) -> Scenario:
+def load(path: Path, find: definition.Finder) -> Scenario:
     """Read a scenario file; `find` turns the id in `extends:` into a file. Raises DefinitionError."""
     raw = definition.resolve(path, KIND, find, FILE_KEYS)
     scenario = definition.validate(Scenario, raw, path)

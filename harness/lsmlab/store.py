@@ -1,4 +1,4 @@
-"""The outcome store: one SQLite file, one row an outcome, written in one transaction; kill -9 loses nothing recorded."""
+"""The outcome store: one SQLite file, one row an outcome, one transaction each; kill -9 loses nothing recorded."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ class Store:
         """The outcome with the number or id (or its beginning) `key`. Raises DefinitionError where there is none."""
         with self._open() as connection:
             rows = connection.execute(
-                "SELECT number, document FROM outcomes WHERE number = ?1 OR id = ?2 OR (length(?2) > 3 AND id GLOB ?2 || '*')"
-                " LIMIT 2",
-                (int(key) if key.isdigit() and len(key) < 18 else -1, key),  # noqa: PLR2004 - SQLite's integers
+                "SELECT number, document FROM outcomes"
+                " WHERE number = ?1 OR id = ?2 OR (length(?2) > 3 AND id GLOB ?2 || '*') LIMIT 2",
+                (int(key) if key.isdigit() and len(key) < 18 else -1, key),
             ).fetchall()
         if len(rows) != 1:
             problem = "no outcome" if not rows else "more than one outcome"

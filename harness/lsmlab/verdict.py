@@ -196,7 +196,7 @@ def _proof_of_allowed(spec: Attempt, seen: Observation) -> str:
 
 
 def _sign(wanted: BlockedIf, seen: Observation) -> str:
-    signs = [
+    signs: list[tuple[object, bool, str]] = [
         (wanted.status, seen.http_status == wanted.status, f"HTTP {wanted.status}"),
         (wanted.exit, seen.exit_code == wanted.exit, f"exit status {wanted.exit}"),
         (wanted.signal, seen.signal == wanted.signal, f"signal {wanted.signal}"),

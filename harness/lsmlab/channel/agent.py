@@ -72,7 +72,7 @@ class AgentChannel:
         try:
             return portal.call(self._client.execute(name, arguments), timeout)
         except (QMPError, OSError, EOFError, asyncio.CancelledError) as error:
-            raise ChannelError(f"{self._name}: {name}: {error or type(error).__name__}") from error
+            raise ChannelError(f"{self._name}: {name}: {str(error) or type(error).__name__}") from error
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float = 60) -> CommandResult:
         """See `Channel.run`."""
@@ -116,7 +116,7 @@ class AgentChannel:
         try:
             for start in range(0, len(data), WRITE_CHUNK):
                 chunk = base64.b64encode(data[start : start + WRITE_CHUNK]).decode()
-                written = self.command("guest-file-write", handle=handle, **{"buf-b64": chunk})
+                written = self._execute("guest-file-write", {"handle": handle, "buf-b64": chunk})
                 if written.get("count") != len(data[start : start + WRITE_CHUNK]):
                     raise ChannelError(f"{self._name}: {path}: only {written.get('count')} bytes were written")
         finally:

@@ -53,7 +53,8 @@ def prove_same_decisions(shipped: str, audited: str) -> int:
     if left != right:
         different = next((pair for pair in zip(left, right, strict=False) if pair[0] != pair[1]), ("end", "end"))
         raise ImageError(
-            f"the policy without dontaudit rules decides otherwise than the distribution's: {different[0]} / {different[1]}"
+            "the policy without dontaudit rules decides otherwise than the distribution's: "
+            f"{different[0]} / {different[1]}"
         )
     return silent
 

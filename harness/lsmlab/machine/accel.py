@@ -102,7 +102,7 @@ def probe(kernel: Path) -> tuple[KvmState, str]:
         "-append", "console=ttyS0 root=/dev/none panic=-1",
     ]  # fmt: skip
     try:
-        done = subprocess.run(  # noqa: S603
+        done = subprocess.run(
             host.dying_with_us(argv), stdin=subprocess.DEVNULL, capture_output=True, timeout=PROOF_SECONDS, check=False
         )
         said = done.stdout.decode("ascii", "replace")

@@ -157,7 +157,7 @@ class QemuMachine:
         inherited = [qmp, agent, terminal, *([state] if incoming else [])]
 
         def spawn() -> subprocess.Popen[bytes]:
-            return subprocess.Popen(  # noqa: S603
+            return subprocess.Popen(
                 host.dying_with_us(argv),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -236,7 +236,7 @@ class QemuMachine:
         except (QMPError, OSError, EOFError, TimeoutError, asyncio.CancelledError) as error:
             if not self.running:
                 raise MachineError(f"guest {self.name}: QEMU ended: {self._last_words() or 'killed'}") from error
-            raise MachineError(f"guest {self.name}: {command}: {error or type(error).__name__}") from error
+            raise MachineError(f"guest {self.name}: {command}: {str(error) or type(error).__name__}") from error
 
     def _human(self, line: str) -> None:
         answer = self.monitor("human-monitor-command", **{"command-line": line})
@@ -317,7 +317,7 @@ def stop_all() -> None:
     with _alive_lock:
         machines = list(_alive)
     for machine in machines:
-        machine._process.kill()  # noqa: SLF001 - a module-wide stop is the class's own business
+        machine._process.kill()
 
 
 def _escaped(path: Path) -> str:

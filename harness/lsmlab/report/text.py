@@ -1,0 +1,426 @@
+"""What a person reads of outcomes: on a terminal (rich), and as plain text in a test's failure.
+
+Colours have one meaning each: green is as wanted, red is not (a breach, broken work, another verdict than expected),
+yellow is unclear or an error. Each is also said in words, and a red result is in capitals: nothing rests on colour.
+All text is put into `Text` objects, which read no markup, and goes through `clean`: a guest chooses much of it.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import textwrap
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.rule import Rule
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from lsmlab.attempt import Observation
+from lsmlab.evidence import Denial
+from lsmlab.facts import ModeFacts, Process
+from lsmlab.outcome import ArmRecord, AttemptRecord, Outcome
+from lsmlab.terms import CONTROL, ENFORCING_ARM, Arm, AttemptKind, Result, Verdict
+
+GOOD, BAD, ODD = "green", "red", "yellow"
+SHOWN_RECORDS = 4
+"""Of one list in a summary; `lsmlab show` has all."""
+SHOWN_LINES = 10
+"""Of an attempt's output."""
+
+_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode categories that are not seen but act: controls, bidirectional overrides, surrogates, line separators."""
+_MATTERS = re.compile(
+    r"\{ [^}]* \}|\bpermissive=\d|\b[st]context=\S+|\btclass=\S+"
+    r"|\b(?:apparmor|profile|operation|name|path|denied_mask|capname)=\S+"
+)
+"""In a record of the kernel: who, what, on which object, and whether it was refused."""
+
+
+def clean(text: str) -> str:
+    """`text` with everything that a terminal would obey made visible (`\\x1b`); line ends and tabs stay."""
+    acts = {c for c in text if c not in "\n\t" and unicodedata.category(c) in _HIDDEN}
+    return text.translate({ord(c): c.encode("unicode_escape").decode("ascii") for c in acts})
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s`, `41 s`, `2 min 05 s`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02} s"
+
+
+def outcome_summary(outcome: Outcome, number: int | None = None) -> RenderableType:
+    """What `lsmlab run` prints of one outcome: the claim, the experiment, and the kernel's own record."""
+    parts: list[RenderableType] = [*_heading(outcome, number), Text(_claim(outcome)), Text()]
+    if outcome.attempts:
+        parts += [_Matrix(outcome), Text()]
+    for title, texts in (*_proof(outcome), *_trouble(outcome)):
+        parts += [Text(title, style="bold"), *(_Indented(_record(t)) for t in texts), Text()]
+    if not outcome.as_expected:
+        parts += [Text(f"To look further: lsmlab show {number or outcome.id}"), Text()]
+    return Group(*parts)
+
+
+def outcome_detail(outcome: Outcome, number: int | None = None) -> RenderableType:
+    """What `lsmlab show N` prints: everything that was recorded, except the whole of outputs and logs."""
+    env = outcome.environment
+    facts = _facts(
+        ("expected", f"{outcome.expected}: {outcome.because.strip()}"),
+        ("recorded", outcome.recorded),
+        ("outcome", outcome.id + (f" (number {number})" if number is not None else "")),
+        ("scenario", f"sha256 {outcome.scenario_digest}"),
+        ("technique", outcome.technique),
+        ("lsmlab", env.lsmlab),
+        ("image", f"sha256 {env.image}"),
+        ("kernel", env.kernel),
+        ("packages", "\n".join(f"{name} {version}" for name, version in sorted(env.packages.items()))),
+        ("machine", f"{env.qemu}, accelerator {env.accelerator}, {env.memory_mib} MiB"),
+    )
+    arms = [part for arm in outcome.arms for part in _arm_detail(arm)]
+    return Group(outcome_summary(outcome, number), facts, Text(), *arms)
+
+
+def outcomes_table(rows: Sequence[tuple[int, Outcome]]) -> RenderableType:
+    """What `lsmlab show` prints without an argument: one line an outcome."""
+    if not rows:
+        return Text("No outcome is recorded yet; `lsmlab run` records them.")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("no.", justify="right", no_wrap=True)
+    table.add_column("when (UTC)", no_wrap=True)
+    for name in ("scenario", "lab", "framework"):
+        table.add_column(name, overflow="fold")
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("as expected")
+    for number, outcome in rows:
+        style = _verdict_style(outcome)
+        expected = Text("yes") if outcome.as_expected else Text(f"NO: {outcome.expected}", style=style)
+        plain = [outcome.recorded[:16].replace("T", " "), outcome.scenario, outcome.lab, outcome.framework.display]
+        cells = [Text(_line(t)) for t in (str(number), *plain)]
+        table.add_row(*cells, Text(outcome.verdict, style=style), expected)
+    return table
+
+
+def run_summary(outcomes: Sequence[Outcome], seconds: float) -> str:
+    """The last line of a run: `5 outcomes: 3 as expected (3 CONTAINED), 1 not (1 INCONCLUSIVE), 1 error in 41 s`."""
+    expected = [o for o in outcomes if o.as_expected]
+    errors = [o for o in outcomes if not o.as_expected and o.verdict is Verdict.ERROR]
+    others = [o for o in outcomes if not o.as_expected and o.verdict is not Verdict.ERROR]
+    parts = [
+        f"{len(found)} {word} ({_tally(found)})"
+        for found, word in ((expected, "as expected"), (others, "not"))
+        if found
+    ]
+    if errors:
+        parts.append(f"{len(errors)} error{'s' if len(errors) > 1 else ''}")
+    count = f"{len(outcomes)} outcome{'' if len(outcomes) == 1 else 's'}"
+    return f"{count}{': ' if parts else ''}{', '.join(parts)} in {duration(seconds)}"
+
+
+def _tally(outcomes: Iterable[Outcome]) -> str:
+    return ", ".join(f"{n} {verdict}" for verdict, n in Counter(o.verdict.value for o in outcomes).most_common())
+
+
+def failure_text(outcome: Outcome) -> str:
+    """Plain text for a failed test: the expectation, what was found, the evidence, and how to look further."""
+    lines = [f"{_where(outcome)}: expected {outcome.expected}, found {outcome.verdict}", "", _claim(outcome)]
+    if outcome.verdict is Verdict.ERROR:
+        lines.append("The experiment broke: nothing is said about the policy.")
+    lines += [
+        "",
+        f"Expected {outcome.expected} because:",
+        *_wrapped(outcome.because),
+        "",
+        "Found (> is not as wanted):",
+    ]
+    width = max([len(a) for a, _ in outcome.attempts] or [0])
+    for arm in outcome.arms:
+        for seen in arm.attempts:
+            mark = " " if _style(arm, seen) == GOOD else ">"
+            what = f"{arm.arm:<18}  {seen.kind:<6}  {_line(seen.attempt):<{width}}  {seen.result:<7}"
+            lines.append(f"  {mark} {what}  {_line(seen.reason)}")
+        if not arm.attempts:
+            lines.append(f"  > {arm.arm:<18}  no attempt was made")
+    for title, texts in (*_proof(outcome), *_trouble(outcome)):
+        lines += ["", title, *(textwrap.indent(clean(t), "    ") for t in texts)]
+    lines += ["", "To look further:", f"    lsmlab show {outcome.id}", "    pytest --lsmlab-shell-on-failure"]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(clean(text), 100, initial_indent="    ", subsequent_indent="    ") or [
+        "    (no reason is given)"
+    ]
+
+
+def _line(text: str) -> str:
+    """`text` cleaned, on one line."""
+    return clean(text).replace("\n", " ")
+
+
+@dataclass(frozen=True, slots=True)
+class _Indented:
+    """rich's Padding fills each line with blanks to the full width, which a pipe then carries; this does not."""
+
+    part: RenderableType
+    by: int = 4
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in console.render_lines(self.part, options.update(width=options.max_width - self.by), pad=False):
+            yield from (Segment(" " * self.by), *line, Segment.line())
+
+
+def _record(text: str) -> Text:
+    """A record of the kernel (or other text), with the fields that matter in bold."""
+    shown = Text(clean(text))
+    if "msg=audit(" in text:
+        shown.highlight_regex(_MATTERS, "bold")
+    return shown
+
+
+def _where(outcome: Outcome) -> str:
+    return _line(f"{outcome.scenario} on {outcome.lab} under {outcome.framework.display}")
+
+
+def _heading(outcome: Outcome, number: int | None) -> list[Text]:
+    agreement = ", as expected" if outcome.as_expected else f", NOT as expected (expected {outcome.expected})"
+    first = Text.assemble(
+        (outcome.verdict + agreement, f"bold {_verdict_style(outcome)}"), ": ", (_line(outcome.title), "bold")
+    )
+    return [first, Text(_where(outcome) + (f", outcome {number}" if number is not None else ""), style="dim")]
+
+
+def _verdict_style(outcome: Outcome) -> str:
+    if outcome.as_expected:
+        return GOOD
+    return ODD if outcome.verdict in {Verdict.ERROR, Verdict.INCONCLUSIVE} else BAD
+
+
+def _claim(outcome: Outcome) -> str:
+    """The verdict's reason, without the record that the evidence shows in full."""
+    records = {d.headline for arm in outcome.arms for d in _denials(arm)}
+    found = next((r for r in records if outcome.reason.endswith(f": {r}")), None)
+    return clean(outcome.reason.removesuffix(f": {found}") if found else outcome.reason)
+
+
+def _denials(arm: ArmRecord) -> Iterator[Denial]:
+    yield from arm.setup_denials
+    for seen in arm.attempts:
+        yield from seen.denials
+
+
+def _made(arm: ArmRecord | None, attempt: str) -> AttemptRecord | None:
+    return next((a for a in arm.attempts if a.attempt == attempt), None) if arm else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """Arms against attempts: the experiment at a glance. Attacks come first; the first layout that fits is taken."""
+
+    outcome: Outcome
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        layouts = [self.table(down, gap) for down in (False, True) for gap in (" ", "\n")]
+        unbounded = options.update(width=1 << 16)
+        fits = (t for t in layouts if Measurement.get(console, unbounded, t).maximum <= options.max_width)
+        yield next(fits, layouts[-1])
+
+    def table(self, down: bool, gap: str) -> Table:
+        """`down`: a row for each attempt, else one for each arm. `gap` stands between a word and its comment."""
+        attempts = sorted(self.outcome.attempts, key=lambda item: item[1] is not AttemptKind.ATTACK)
+        between = gap if down else "\n"
+        heads = [Text(f"{_line(name)}{between}({kind})") for name, kind in attempts]
+        arms = [Text(arm.arm) for arm in self.outcome.arms]
+        cells = [[_cell(arm, _made(arm, name), gap) for name, _ in attempts] for arm in self.outcome.arms]
+        table = Table("attempt" if down else "arm", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        for head in arms if down else heads:
+            table.add_column(head, overflow="fold")
+        for first, row in zip(heads, zip(*cells, strict=True), strict=True) if down else zip(arms, cells, strict=True):
+            table.add_row(first, *row)
+        return table
+
+
+def _cell(arm: ArmRecord, seen: AttemptRecord | None, gap: str) -> Text:
+    if seen is None:
+        return Text("not made", style=ODD)
+    word = _result(arm, seen)
+    return Text(f"{word.plain}{gap}({_short(seen)})", style=word.style)
+
+
+def _result(arm: ArmRecord, seen: AttemptRecord) -> Text:
+    style = _style(arm, seen)
+    return Text(seen.result.upper() if style == BAD else seen.result.value, style=style)
+
+
+def _short(seen: AttemptRecord) -> str:
+    """`the canary was read, HTTP 200` -> `canary read`."""
+    if seen.result in {Result.UNCLEAR, Result.FAILED}:
+        return "see below"
+    text = _line(seen.reason).partition(", HTTP ")[0].partition(" (")[0]
+    return textwrap.shorten(text.removeprefix("the ").replace(" was ", " ", 1), 40, placeholder=" ...")
+
+
+def _style(arm: ArmRecord, seen: AttemptRecord) -> str:
+    """Whether an attempt went as a policy's author wants it."""
+    if seen.result in {Result.UNCLEAR, Result.FAILED}:
+        return ODD
+    allowed = seen.result is Result.ALLOWED
+    if seen.kind is AttemptKind.BENIGN:
+        return GOOD if allowed else BAD
+    if allowed:
+        return BAD if arm.arm.enforcing else GOOD
+    accounted = seen.attribution is not None and seen.attribution.denial is not None
+    return GOOD if accounted else ODD
+
+
+def _proof(outcome: Outcome) -> Iterator[tuple[str, list[str]]]:
+    """Why DAC permits the first attack, and what the kernel recorded of each where MAC decides."""
+    attacks = [name for name, kind in outcome.attempts if kind is AttemptKind.ATTACK]
+    for name in attacks[:1]:
+        seen = _made(outcome.arm(CONTROL), name)
+        if seen is not None and seen.dac is not None:
+            verb = "permits" if seen.dac.permitted else "forbids"
+            yield f"DAC {verb} {'it' if len(attacks) == 1 else _line(name)}:", [seen.dac.rule]
+    enforcing = outcome.arm(ENFORCING_ARM[outcome.framework])
+    for name in attacks:
+        seen = _made(enforcing, name)
+        if seen is not None and seen.result in {Result.ALLOWED, Result.BLOCKED}:
+            yield _mac(outcome, seen, "it" if len(attacks) == 1 else _line(name))
+
+
+def _mac(outcome: Outcome, seen: AttemptRecord, it: str) -> tuple[str, list[str]]:
+    framework = outcome.framework.display
+    if seen.result is Result.ALLOWED:
+        found = [d.headline for d in seen.denials]
+        return f"{framework} does not block {it}:", _some(found) or ["(the kernel recorded no denial of the subject)"]
+    if seen.attribution is not None and seen.attribution.denial is not None:
+        return f"{framework} blocks {it}:", [seen.attribution.denial.headline]
+    misses = list(seen.attribution.misses) if seen.attribution is not None else []
+    none = ["(the kernel recorded no denial meanwhile)"]
+    return f"No denial of {framework} accounts for the block of {_line(seen.attempt)}; found:", _some(misses) or none
+
+
+def _some(texts: list[str], shown: int = SHOWN_RECORDS) -> list[str]:
+    more = len(texts) - shown
+    return [*texts[:shown], *([f"... and {more} more"] if more > 0 else [])]
+
+
+def _trouble(outcome: Outcome) -> Iterator[tuple[str, list[str]]]:
+    """What else a policy's author has to know: denied benign work, a service that is down, errors."""
+    by_place: dict[tuple[Arm, str], list[str]] = {}
+    for place, name, denial in outcome.unexpected:
+        by_place.setdefault((place, name), []).append(denial.headline)
+    for (place, name), records in by_place.items():
+        yield f"Unexpected denial in benign work ({place}, {_line(name)}):", _some(records)
+    for arm in outcome.arms:
+        if not arm.service_active:
+            found = [d.headline for d in arm.setup_denials]
+            yield f"The service did not start in {arm.arm}:", _some(found) or ["(with no denial of its domain)"]
+        if arm.error and arm.error not in outcome.reason:
+            yield f"Error in {arm.arm}:", [arm.error]
+        for seen in arm.attempts:
+            unsure = seen.result in {Result.UNCLEAR, Result.FAILED}
+            if unsure and seen.reason not in outcome.reason:
+                yield f"{_line(seen.attempt)} is {seen.result} in {arm.arm}:", [seen.reason]
+
+
+def _facts(*pairs: tuple[str, str | Text]) -> Table:
+    """Names and what they stand for, aligned; the empty ones are left out."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True, min_width=10)
+    grid.add_column(overflow="fold")
+    for name, value in pairs:
+        if value:
+            grid.add_row(name, value if isinstance(value, Text) else Text(clean(value)))
+    return grid
+
+
+def _arm_detail(arm: ArmRecord) -> Iterator[RenderableType]:
+    yield Rule(Text(arm.arm, style="bold"), align="left", style="dim")
+    yield _facts(
+        ("kernel", arm.command_line),
+        ("LSMs", ", ".join(arm.lsm)),
+        ("took", duration(arm.seconds)),
+        ("service", "" if arm.service_active else "did not start"),
+        ("denied", _records(arm.setup_denials)),
+        ("error", Text(clean(arm.error), style=ODD)),
+    )
+    yield Text()
+    for seen in arm.attempts:
+        yield Text.assemble((f"{_line(seen.attempt)} ({seen.kind}): ", "bold"), _result(arm, seen))
+        yield from (_Indented(_attempt_detail(seen), 2), Text())
+
+
+def _attempt_detail(seen: AttemptRecord) -> Table:
+    pairs: list[tuple[str, str | Text]] = [("because", seen.reason)]
+    look = seen.observation
+    if look is not None:
+        pairs += _observed(look)
+    if seen.dac is not None:
+        steps = [f"{'permits' if s.permitted else 'forbids'} {s.needs} on {s.path}: {s.rule}" for s in seen.dac.steps]
+        pairs.append(("DAC", "\n".join(steps)))
+    pairs.append(("denials", _records(seen.denials)))
+    if seen.attribution is not None:
+        cause = seen.attribution.denial
+        pairs.append(("cause", _record(cause.headline) if cause else "no denial accounts for the block"))
+        pairs.append(("no cause", "\n".join(seen.attribution.misses)))
+    if look is not None:
+        pairs += [
+            ("output", "\n".join(_some(look.output.splitlines(), SHOWN_LINES))),
+            ("errors", "\n".join(_some(look.errors.splitlines(), SHOWN_LINES))),
+        ]
+    return _facts(*pairs)
+
+
+def _observed(look: Observation) -> list[tuple[str, str | Text]]:
+    status = "no exit status" if look.exit_code is None else f"exit status {look.exit_code}"
+    ending = [
+        status if look.signal is None else f"signal {look.signal}",
+        *([f"HTTP {look.http_status}"] if look.http_status is not None else []),
+        *(["timed out"] if look.timed_out else []),
+        f"after {look.seconds:.2f} s",
+    ]
+    before, after = look.subject_before.processes, look.subject_after.processes
+    target = look.object
+    found = f"inode {target.ino} on {target.device}, {target.label}" if target.exists else "absent"
+    modes = dict.fromkeys((_mode(look.mode_before), _mode(look.mode_after)))
+    return [
+        ("command", shlex.join(look.command)),
+        ("ended", ", ".join(ending)),
+        ("subject", "\n".join(_process(p) for p in before) or "no process"),
+        ("afterwards", "" if after == before else "\n".join(_process(p) for p in after) or "no process"),
+        ("object", f"{target.path}: {found}{', on a read-only mount' if target.read_only else ''}"),
+        ("mode", " before, ".join(modes) + (" after" if len(modes) > 1 else ", before and after")),
+        ("evidence", f"{look.source.name}: {look.source.state} ({look.source.detail})"),
+    ]
+
+
+def _mode(mode: ModeFacts) -> str:
+    if mode.selinux_enforcing is not None:
+        return "SELinux enforcing" if mode.selinux_enforcing else "SELinux permissive"
+    if mode.profiles is not None:
+        return "AppArmor with profiles: " + ", ".join(f"{n} {m}" for m, n in Counter(mode.profiles.values()).items())
+    return "no MAC framework"
+
+
+def _process(process: Process) -> str:
+    uids, gids = ("/".join(str(n) for n in dict.fromkeys(ids)) for ids in (process.uids, process.gids))
+    groups = ",".join(str(g) for g in process.groups) or "none"
+    caps = f", capabilities {process.cap_effective:#x}" if process.cap_effective else ""
+    main = ", main" if process.main else ""
+    label = process.label or "no label"
+    return f"{process.name} (pid {process.pid}{main}): {label}; uid {uids}, gid {gids}, groups {groups}{caps}"
+
+
+def _records(denials: Sequence[Denial]) -> Text:
+    """The raw records, each once: denials of one event share its SYSCALL and PATH."""
+    raw = dict.fromkeys(line for denial in denials for line in denial.raw)
+    return Text("\n").join(_record(line) for line in raw)
