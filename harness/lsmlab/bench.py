@@ -116,5 +116,5 @@ class Bench:
 def open_bench(lab: Lab, progress: Progress, *, accelerator: str = "auto") -> Iterator[Bench]:
     """A bench, and its scratch folder for as long as the block lasts. Leftovers of killed runs are swept first."""
     cache.sweep()
-    with cache.scratch("run") as folder:
+    with cache.in_use(), cache.scratch("run") as folder:
         yield Bench(lab, progress, folder, accelerator=accelerator)

@@ -139,3 +139,10 @@ def damage(target: Path, manifest: Mapping[str, Any], *, full: bool) -> str:
         if full and file_digest(path) != entry["sha256"]:
             return f"{name} is damaged: its digest is not the one in the manifest"
     return ""
+
+
+@contextlib.contextmanager
+def in_use(*, exclusive: bool = False) -> Iterator[bool]:
+    """Runs hold the cache together; pruning holds it alone, and yields False while a run holds it."""
+    with lock(paths.make(paths.cache() / "locks") / "use", shared=not exclusive, wait=not exclusive) as held:
+        yield held

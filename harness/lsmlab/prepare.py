@@ -55,9 +55,7 @@ def plan_of(scenario: Scenario, lab: Lab) -> Plan:
 def bring_into(channel: Channel, arm: Arm, plan: Plan, image: Image) -> Prepared:
     """Prepare the guest behind `channel` for `arm`. Raises SetupError, PolicyError, FrameworkError, ChannelError."""
     driver = FRAMEWORKS[arm.framework]
-    channel.run(
-        ["sh", "-c", 'date --set="@$1" >/dev/null; echo "$2" > /run/lsmlab-arm', "arm", f"{time.time():.0f}", arm]
-    )
+    mark(channel, arm)
     driver.load(channel, image, plan.policy)
     do_steps(channel, plan.setup, "setup")
     driver.enter(channel, arm, plan.policy)
@@ -70,6 +68,12 @@ def bring_into(channel: Channel, arm: Arm, plan: Plan, image: Image) -> Prepared
         denials = _denials_since(channel, plan.unit, opened)
     driver.settle(channel, arm)
     return Prepared(service_active=started.ok, setup_denials=denials)
+
+
+def mark(channel: Channel, arm: Arm) -> None:
+    """Set the guest's clock, which a saved state carries along, and say in the prompt which arm this is."""
+    script = 'date --set="@$1" >/dev/null; echo "$2" > /run/lsmlab-arm'
+    channel.run(["sh", "-c", script, "mark", f"{time.time():.0f}", arm]).check()
 
 
 def _denials_since(channel: Channel, unit: str, offset: int) -> tuple[Denial, ...]:

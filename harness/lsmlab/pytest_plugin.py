@@ -1,4 +1,4 @@
-"""The pytest front door: scenario files become tests, and testinfra's `host` becomes a guest. Thin: run.py does the work.
+"""The pytest front door: scenario files become tests, testinfra's `host` becomes a guest. Thin: run.py does the work.
 
 pytest loads this module in every run of everybody who has lsmlab installed, so nothing heavy is imported at its top.
 """
@@ -36,10 +36,6 @@ FILE_NAME = "scenario.yaml"
 GUEST_PROGRAMS = ("qemu-system-x86_64", "qemu-img", "setpriv", "unshare")
 IMAGE_PROGRAMS = ("mmdebstrap", "mke2fs", "debugfs")
 TESTINFRA = "testinfra.backend"
-
-
-class MismatchError(AssertionError):
-    """The verdict is not the one that the scenario's file states; the text is the report of the failure."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -165,7 +161,7 @@ class ScenarioItem(pytest.Item):
         self.add_marker("vm")
 
     def runtest(self) -> None:
-        """Raises MismatchError; LsmlabError where nothing could be run at all."""
+        """Fails with the report of what is not as expected. Raises LsmlabError where nothing could be run at all."""
         session = self.config.stash[SESSION]
         outcome = session.outcome(self)
         self.user_properties += [("lsmlab_outcome", outcome.id), ("lsmlab_verdict", outcome.verdict.value)]
@@ -176,7 +172,7 @@ class ScenarioItem(pytest.Item):
         words = text.failure_text(outcome)
         if self.config.option.lsmlab_shell:
             words += self._shell(session, outcome)
-        raise MismatchError(words)
+        pytest.fail(words, pytrace=False)
 
     def _shell(self, session: LabSession, outcome: Outcome) -> str:
         """Give the terminal a root shell in the guest. What kept it from opening, or an empty text."""
@@ -205,9 +201,9 @@ class ScenarioItem(pytest.Item):
         excinfo: pytest.ExceptionInfo[BaseException],
         style: Literal["long", "short", "line", "no", "native", "value", "auto"] | None = None,
     ) -> str | TerminalRepr:
-        """The text alone for what says enough itself; a traceback for what nobody foresaw."""
-        if isinstance(excinfo.value, MismatchError | LsmlabError):
-            return str(excinfo.value)
+        """Our own errors say enough: the text alone. A traceback for what nobody foresaw."""
+        if isinstance(excinfo.value, LsmlabError):
+            return excinfo.getrepr(style="value", chain=False)
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int, str]:

@@ -100,7 +100,10 @@ class LsmlabBackend(base.BaseBackend):  # type: ignore[misc]  # testinfra carrie
         return "utf-8"
 
     def run(self, command: str, *args: str, **kwargs: Any) -> base.CommandResult:
-        """See `testinfra.host.Host.run`. `timeout=` in seconds. A signal counts as a shell would: 128 and its number."""
+        """See `testinfra.host.Host.run`; takes `timeout=` in seconds. A signal gives 128 and its number, as in a shell.
+
+        Raises what `channel_of` and `Channel.run` raise; a command that fails is a result.
+        """
         line = self.get_command(command, *args)
         timeout = float(kwargs.get("timeout", COMMAND_SECONDS))
         done = channel_of(self.hostname).run(["/bin/sh", "-c", line], timeout=timeout)

@@ -112,10 +112,10 @@ def judge(spec: Attempt, arm: Arm, seen: Observation, subject: str, *, changes_m
     Machine, mode and evidence first (failed), then object and subject (unclear), then the proofs.
     """
     records = evidence.parse(seen.log)
-    problem = _failure(arm, seen, records, subject, changes_mode=changes_mode)
+    problem = failure(arm, seen, records, subject, changes_mode=changes_mode)
     if problem:
         return Judgement(result=Result.FAILED, reason=problem)
-    problem = _unready(spec, seen) or (_wrong_subject(seen, records, subject) if arm is not Arm.DAC else "")
+    problem = _unready(spec, seen) or (wrong_subject(seen, records, subject) if arm is not Arm.DAC else "")
     if problem:
         return Judgement(result=Result.UNCLEAR, reason=problem)
     proof = _proof_of_allowed(spec, seen)
@@ -127,7 +127,8 @@ def judge(spec: Attempt, arm: Arm, seen: Observation, subject: str, *, changes_m
     return Judgement(result=Result.UNCLEAR, reason=f"neither proof nor sign of a block: {ending(seen)}")
 
 
-def _failure(arm: Arm, seen: Observation, records: Sequence[Record], subject: str, *, changes_mode: bool) -> str:
+def failure(arm: Arm, seen: Observation, records: Sequence[Record], subject: str, *, changes_mode: bool = False) -> str:
+    """What makes an attempt worthless: a wrong mode, an evidence source that was not read, a change in between."""
     for when, mode in (("before", seen.mode_before), ("after", seen.mode_after)):
         problem = mode_problem(arm, mode, subject)
         if problem and not (changes_mode and when == "after"):
@@ -156,20 +157,28 @@ def _unready(spec: Attempt, seen: Observation) -> str:
     return ""
 
 
-def _wrong_subject(seen: Observation, records: Sequence[Record], subject: str) -> str:
+def wrong_subject(seen: Observation, records: Sequence[Record], subject: str) -> str:
+    """Who acted, where it is not the expected domain or profile."""
     if seen.auid is not None:
-        started = [
-            r for r in records if r.type == "SYSCALL" and r.fields.get("key") == SUBJECT_KEY and _auid(r) == seen.auid
-        ]
-        done = [r for r in started if r.fields.get("success") == "yes"]
-        if not done:  # the exec itself was refused: the proofs decide; but a success without a proved subject is none
+        found = ran_in(seen, records)
+        if (
+            found is None
+        ):  # the exec itself was refused: the proofs decide; but a success without a proved subject is none
             return "no exec record proves which domain the command ran in" if seen.exit_code == 0 else ""
-        found = domain_of(done[-1].fields.get("subj", ""))
         return "" if found == subject else f"the command ran in {found or 'no domain'}, not in {subject}"
     for process in seen.subject_before.workers:
         if process.domain != subject:
             return f"{process.name} (pid {process.pid}) runs in {process.domain or 'no domain'}, not in {subject}"
     return ""
+
+
+def ran_in(seen: Observation, records: Sequence[Record]) -> str | None:
+    """The domain or profile of a `run` attempt's command, from the kernel's record of its exec; None without one."""
+    for record in reversed(records):
+        ours = record.type == "SYSCALL" and record.fields.get("key") == SUBJECT_KEY and _auid(record) == seen.auid
+        if ours and record.fields.get("success") == "yes":
+            return domain_of(record.fields.get("subj", ""))
+    return None
 
 
 def _auid(record: Record) -> int | None:

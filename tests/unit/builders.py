@@ -109,7 +109,7 @@ def syscall(
     return (
         f"type=SYSCALL msg=audit({stamp}:{serial}): arch=c000003e syscall={number} success={success} exit={result}"
         f" a0=ffffffffffffff9c a1=55630d2b8874 a2=800 a3=0 items=1 ppid={ppid} pid={pid} auid={auid} uid=33 gid=33"
-        f" euid=33 suid=33 fsuid=33 egid=33 sgid=33 fsgid=33 tty=(none) ses={UNSET} comm=\"nginx\""
+        f' euid=33 suid=33 fsuid=33 egid=33 sgid=33 fsgid=33 tty=(none) ses={UNSET} comm="nginx"'
         f' exe="/usr/sbin/nginx" subj={subject} key={key}\x1dARCH=x86_64 SYSCALL=openat AUID="unset" UID="www-data"'
     )
 

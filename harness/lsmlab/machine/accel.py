@@ -67,17 +67,22 @@ def choose(kernel: Path, wanted: str = "auto") -> Acceleration:
     """
     if wanted == "tcg":
         return Acceleration("tcg", KvmState.ABSENT, "not looked at: TCG was asked for")
-    key = _key(kernel)
-    found = _recall(key)
-    if found is None:
-        found = probe(kernel)
-        _remember(key, found)
-    state, detail = found
+    state, detail = known_or_probe(kernel)
     if state is KvmState.PROVEN:
         return Acceleration("kvm", state, detail)
     if wanted == "kvm":
         raise HostError(f"KVM was asked for, and /dev/kvm is {state}: {detail}", hint=ADVICE[state])
     return Acceleration("tcg", state, detail)
+
+
+def known_or_probe(kernel: Path) -> tuple[KvmState, str]:
+    """What KVM is worth with `kernel`: as remembered, or by a proof that is then remembered."""
+    key = _key(kernel)
+    found = _recall(key)
+    if found is None:
+        found = probe(kernel)
+        _remember(key, found)
+    return found
 
 
 def device_state() -> tuple[KvmState, str] | None:

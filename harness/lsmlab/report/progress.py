@@ -17,7 +17,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from lsmlab.report.text import clean, duration
+from lsmlab.report.tables import clean, duration
 
 REFRESHES = 8
 """A second."""

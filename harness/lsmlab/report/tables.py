@@ -1,12 +1,33 @@
-"""Lists of labs, scenarios and images, as plain text and as Markdown."""
+"""How text from a guest is made harmless, and how text is laid out: tables, lists, indentation."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
 from tabulate import tabulate
 
-from lsmlab.report.text import clean
+_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode categories that are not seen but act: controls, bidirectional overrides, surrogates, line separators."""
+
+
+def clean(text: str) -> str:
+    """`text` with everything that a terminal would obey made visible (`\\x1b`); line ends and tabs stay."""
+    acts = {c for c in text if c not in "\n\t" and unicodedata.category(c) in _HIDDEN}
+    return text.translate({ord(c): c.encode("unicode_escape").decode("ascii") for c in acts})
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s`, `41 s`, `2 min 05 s`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02} s"
 
 
 def plain(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -23,3 +44,40 @@ def markdown(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def _table(headers: Sequence[str], rows: list[list[str]], style: str) -> str:
     # What looks like a number stays as it was written: a digest may be 1e5, an id 007.
     return tabulate(rows, headers=list(headers), tablefmt=style, disable_numparse=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A part, indented. Without rich's blanks at the end of lines, which a pipe would carry."""
+
+    part: RenderableType
+    indent: int = 0
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in console.render_lines(self.part, options.update(width=options.max_width - self.indent), pad=False):
+            while line and not line[-1].text.strip():
+                line.pop()
+            if line:
+                line[-1] = Segment(line[-1].text.rstrip(), line[-1].style)
+            yield from (Segment(" " * self.indent if line else ""), *line, Segment.line())
+
+
+Shown = str | Text | Table | None
+
+
+def facts(*pairs: tuple[str, Shown]) -> Table:
+    """Names and what they stand for, aligned; the empty ones are left out."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True, min_width=10)
+    grid.add_column(overflow="fold")
+    for name, value in pairs:
+        if value:
+            grid.add_row(name, Text(clean(value)) if isinstance(value, str) else value)
+    return grid
+
+
+def bullets(items: Iterable[Text]) -> Table | None:
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    for item in items:
+        grid.add_row("-", item)
+    return grid if grid.rows else None

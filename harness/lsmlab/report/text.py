@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import shlex
 import textwrap
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.rule import Rule
-from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -27,7 +25,18 @@ from lsmlab.attempt import Observation
 from lsmlab.evidence import Denial
 from lsmlab.facts import ModeFacts, Process
 from lsmlab.outcome import ArmRecord, AttemptRecord, Outcome
+from lsmlab.report.tables import Block, Shown, bullets, clean, duration, facts
 from lsmlab.terms import CONTROL, ENFORCING_ARM, Arm, AttemptKind, Result, Verdict
+
+__all__ = [
+    "clean",
+    "duration",
+    "failure_text",
+    "outcome_detail",
+    "outcome_summary",
+    "outcomes_table",
+    "run_summary",
+]
 
 GOOD, BAD, ODD = "green", "red", "yellow"
 SHOWN_RECORDS = 4
@@ -35,8 +44,6 @@ SHOWN_RECORDS = 4
 SHOWN_LINES = 10
 """Of an attempt's output."""
 
-_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Unicode categories that are not seen but act: controls, bidirectional overrides, surrogates, line separators."""
 _MATTERS = re.compile(
     r"\{ [^}]* \}|\bpermissive=\d|\b[st]context=\S+|\btclass=\S+"
     r"|\b(?:apparmor|profile|operation|name|path|denied_mask|capname)=\S+"
@@ -44,27 +51,13 @@ _MATTERS = re.compile(
 """In a record of the kernel: who, what, on which object, and whether it was refused."""
 
 
-def clean(text: str) -> str:
-    """`text` with everything that a terminal would obey made visible (`\\x1b`); line ends and tabs stay."""
-    acts = {c for c in text if c not in "\n\t" and unicodedata.category(c) in _HIDDEN}
-    return text.translate({ord(c): c.encode("unicode_escape").decode("ascii") for c in acts})
-
-
-def duration(seconds: float) -> str:
-    """`4.2 s`, `41 s`, `2 min 05 s`."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02} s"
-
-
 def outcome_summary(outcome: Outcome, number: int | None = None) -> RenderableType:
     """What `lsmlab run` prints of one outcome: the claim, the experiment, and the kernel's own record."""
     parts: list[RenderableType] = [*_heading(outcome, number), Text(_claim(outcome)), Text()]
     if outcome.attempts:
-        parts += [_Matrix(outcome), Text()]
+        parts += [Block(_Matrix(outcome)), Text()]
     for title, texts in (*_proof(outcome), *_trouble(outcome)):
-        parts += [Text(title, style="bold"), *(_Indented(_record(t)) for t in texts), Text()]
+        parts += [Text(title, style="bold"), *(Block(_record(t), 4) for t in texts), Text()]
     if not outcome.as_expected:
         parts += [Text(f"To look further: lsmlab show {number or outcome.id}"), Text()]
     return Group(*parts)
@@ -73,7 +66,7 @@ def outcome_summary(outcome: Outcome, number: int | None = None) -> RenderableTy
 def outcome_detail(outcome: Outcome, number: int | None = None) -> RenderableType:
     """What `lsmlab show N` prints: everything that was recorded, except the whole of outputs and logs."""
     env = outcome.environment
-    facts = _facts(
+    about = facts(
         ("expected", f"{outcome.expected}: {outcome.because.strip()}"),
         ("recorded", outcome.recorded),
         ("outcome", outcome.id + (f" (number {number})" if number is not None else "")),
@@ -86,27 +79,26 @@ def outcome_detail(outcome: Outcome, number: int | None = None) -> RenderableTyp
         ("machine", f"{env.qemu}, accelerator {env.accelerator}, {env.memory_mib} MiB"),
     )
     arms = [part for arm in outcome.arms for part in _arm_detail(arm)]
-    return Group(outcome_summary(outcome, number), facts, Text(), *arms)
+    return Block(Group(outcome_summary(outcome, number), about, Text(), *arms))
 
 
 def outcomes_table(rows: Sequence[tuple[int, Outcome]]) -> RenderableType:
     """What `lsmlab show` prints without an argument: one line an outcome."""
     if not rows:
         return Text("No outcome is recorded yet; `lsmlab run` records them.")
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("no.", justify="right", no_wrap=True)
     table.add_column("when (UTC)", no_wrap=True)
-    for name in ("scenario", "lab", "framework"):
+    # The verdict wraps at its comma first, not a name in its middle.
+    table.add_column("scenario", overflow="fold", no_wrap=all(len(o.scenario) <= 20 for _, o in rows))
+    for name in ("lab", "framework", "verdict"):
         table.add_column(name, overflow="fold")
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("as expected")
     for number, outcome in rows:
-        style = _verdict_style(outcome)
-        expected = Text("yes") if outcome.as_expected else Text(f"NO: {outcome.expected}", style=style)
-        plain = [outcome.recorded[:16].replace("T", " "), outcome.scenario, outcome.lab, outcome.framework.display]
-        cells = [Text(_line(t)) for t in (str(number), *plain)]
-        table.add_row(*cells, Text(outcome.verdict, style=style), expected)
-    return table
+        when = outcome.recorded[:16].replace("T", " ")
+        plain = (str(number), when, outcome.scenario, outcome.lab, outcome.framework.display)
+        verdict = outcome.verdict + ("" if outcome.as_expected else f", expected {outcome.expected}")
+        table.add_row(*(Text(_line(t)) for t in plain), Text(verdict, style=_verdict_style(outcome)))
+    return Block(table)
 
 
 def run_summary(outcomes: Sequence[Outcome], seconds: float) -> str:
@@ -151,7 +143,12 @@ def failure_text(outcome: Outcome) -> str:
             lines.append(f"  > {arm.arm:<18}  no attempt was made")
     for title, texts in (*_proof(outcome), *_trouble(outcome)):
         lines += ["", title, *(textwrap.indent(clean(t), "    ") for t in texts)]
-    lines += ["", "To look further:", f"    lsmlab show {outcome.id}", "    pytest --lsmlab-shell-on-failure"]
+    lines += [
+        "",
+        "To look further:",
+        f"    lsmlab show {outcome.id:<24}everything that was recorded",
+        "    pytest --lsmlab-shell-on-failure    a shell in the guest, as the failed attempt left it",
+    ]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
@@ -164,18 +161,6 @@ def _wrapped(text: str) -> list[str]:
 def _line(text: str) -> str:
     """`text` cleaned, on one line."""
     return clean(text).replace("\n", " ")
-
-
-@dataclass(frozen=True, slots=True)
-class _Indented:
-    """rich's Padding fills each line with blanks to the full width, which a pipe then carries; this does not."""
-
-    part: RenderableType
-    by: int = 4
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for line in console.render_lines(self.part, options.update(width=options.max_width - self.by), pad=False):
-            yield from (Segment(" " * self.by), *line, Segment.line())
 
 
 def _record(text: str) -> Text:
@@ -206,15 +191,9 @@ def _verdict_style(outcome: Outcome) -> str:
 
 def _claim(outcome: Outcome) -> str:
     """The verdict's reason, without the record that the evidence shows in full."""
-    records = {d.headline for arm in outcome.arms for d in _denials(arm)}
-    found = next((r for r in records if outcome.reason.endswith(f": {r}")), None)
-    return clean(outcome.reason.removesuffix(f": {found}") if found else outcome.reason)
-
-
-def _denials(arm: ArmRecord) -> Iterator[Denial]:
-    yield from arm.setup_denials
-    for seen in arm.attempts:
-        yield from seen.denials
+    head, _, record = outcome.reason.partition(": type=")
+    shown = (text for _, texts in (*_proof(outcome), *_trouble(outcome)) for text in texts)
+    return clean(head if record and any(f"type={record}" in text for text in shown) else outcome.reason)
 
 
 def _made(arm: ArmRecord | None, attempt: str) -> AttemptRecord | None:
@@ -252,7 +231,8 @@ def _cell(arm: ArmRecord, seen: AttemptRecord | None, gap: str) -> Text:
     if seen is None:
         return Text("not made", style=ODD)
     word = _result(arm, seen)
-    return Text(f"{word.plain}{gap}({_short(seen)})", style=word.style)
+    unsure = seen.result in {Result.UNCLEAR, Result.FAILED}  # the reason is a sentence, and is told with the rest
+    return word if unsure else Text(f"{word.plain}{gap}({_short(seen)})", style=word.style)
 
 
 def _result(arm: ArmRecord, seen: AttemptRecord) -> Text:
@@ -262,8 +242,6 @@ def _result(arm: ArmRecord, seen: AttemptRecord) -> Text:
 
 def _short(seen: AttemptRecord) -> str:
     """`the canary was read, HTTP 200` -> `canary read`."""
-    if seen.result in {Result.UNCLEAR, Result.FAILED}:
-        return "see below"
     text = _line(seen.reason).partition(", HTTP ")[0].partition(" (")[0]
     return textwrap.shorten(text.removeprefix("the ").replace(" was ", " ", 1), 40, placeholder=" ...")
 
@@ -303,7 +281,7 @@ def _mac(outcome: Outcome, seen: AttemptRecord, it: str) -> tuple[str, list[str]
         return f"{framework} does not block {it}:", _some(found) or ["(the kernel recorded no denial of the subject)"]
     if seen.attribution is not None and seen.attribution.denial is not None:
         return f"{framework} blocks {it}:", [seen.attribution.denial.headline]
-    misses = list(seen.attribution.misses) if seen.attribution is not None else []
+    misses = [m.replace(": type=", ":\ntype=", 1) for m in (seen.attribution.misses if seen.attribution else ())]
     none = ["(the kernel recorded no denial meanwhile)"]
     return f"No denial of {framework} accounts for the block of {_line(seen.attempt)}; found:", _some(misses) or none
 
@@ -332,20 +310,9 @@ def _trouble(outcome: Outcome) -> Iterator[tuple[str, list[str]]]:
                 yield f"{_line(seen.attempt)} is {seen.result} in {arm.arm}:", [seen.reason]
 
 
-def _facts(*pairs: tuple[str, str | Text]) -> Table:
-    """Names and what they stand for, aligned; the empty ones are left out."""
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="dim", no_wrap=True, min_width=10)
-    grid.add_column(overflow="fold")
-    for name, value in pairs:
-        if value:
-            grid.add_row(name, value if isinstance(value, Text) else Text(clean(value)))
-    return grid
-
-
 def _arm_detail(arm: ArmRecord) -> Iterator[RenderableType]:
     yield Rule(Text(arm.arm, style="bold"), align="left", style="dim")
-    yield _facts(
+    yield facts(
         ("kernel", arm.command_line),
         ("LSMs", ", ".join(arm.lsm)),
         ("took", duration(arm.seconds)),
@@ -356,31 +323,32 @@ def _arm_detail(arm: ArmRecord) -> Iterator[RenderableType]:
     yield Text()
     for seen in arm.attempts:
         yield Text.assemble((f"{_line(seen.attempt)} ({seen.kind}): ", "bold"), _result(arm, seen))
-        yield from (_Indented(_attempt_detail(seen), 2), Text())
+        yield from (Block(_attempt_detail(seen), 2), Text())
 
 
 def _attempt_detail(seen: AttemptRecord) -> Table:
-    pairs: list[tuple[str, str | Text]] = [("because", seen.reason)]
+    pairs: list[tuple[str, Shown]] = [("because", seen.reason)]
     look = seen.observation
     if look is not None:
         pairs += _observed(look)
     if seen.dac is not None:
-        steps = [f"{'permits' if s.permitted else 'forbids'} {s.needs} on {s.path}: {s.rule}" for s in seen.dac.steps]
-        pairs.append(("DAC", "\n".join(steps)))
+        pairs.append(("DAC", bullets(Text(clean(step.rule)) for step in seen.dac.steps)))
     pairs.append(("denials", _records(seen.denials)))
     if seen.attribution is not None:
         cause = seen.attribution.denial
-        pairs.append(("cause", _record(cause.headline) if cause else "no denial accounts for the block"))
-        pairs.append(("no cause", "\n".join(seen.attribution.misses)))
+        event = (
+            f"the denial of event {':'.join(map(str, cause.event))}" if cause else "no denial accounts for the block"
+        )
+        pairs += [("cause", event), ("no cause", bullets(_record(miss) for miss in seen.attribution.misses))]
     if look is not None:
         pairs += [
             ("output", "\n".join(_some(look.output.splitlines(), SHOWN_LINES))),
             ("errors", "\n".join(_some(look.errors.splitlines(), SHOWN_LINES))),
         ]
-    return _facts(*pairs)
+    return facts(*pairs)
 
 
-def _observed(look: Observation) -> list[tuple[str, str | Text]]:
+def _observed(look: Observation) -> list[tuple[str, Shown]]:
     status = "no exit status" if look.exit_code is None else f"exit status {look.exit_code}"
     ending = [
         status if look.signal is None else f"signal {look.signal}",
@@ -390,7 +358,8 @@ def _observed(look: Observation) -> list[tuple[str, str | Text]]:
     ]
     before, after = look.subject_before.processes, look.subject_after.processes
     target = look.object
-    found = f"inode {target.ino} on {target.device}, {target.label}" if target.exists else "absent"
+    label = "no label" if target.label == "?" else target.label
+    found = f"inode {target.ino} on {target.device}, {label}" if target.exists else "absent"
     modes = dict.fromkeys((_mode(look.mode_before), _mode(look.mode_after)))
     return [
         ("command", shlex.join(look.command)),
@@ -420,7 +389,6 @@ def _process(process: Process) -> str:
     return f"{process.name} (pid {process.pid}{main}): {label}; uid {uids}, gid {gids}, groups {groups}{caps}"
 
 
-def _records(denials: Sequence[Denial]) -> Text:
+def _records(denials: Sequence[Denial]) -> Table | None:
     """The raw records, each once: denials of one event share its SYSCALL and PATH."""
-    raw = dict.fromkeys(line for denial in denials for line in denial.raw)
-    return Text("\n").join(_record(line) for line in raw)
+    return bullets(_record(line) for line in dict.fromkeys(line for denial in denials for line in denial.raw))

@@ -1,0 +1,128 @@
+"""What this machine has, lacks, and what to do about it. Looks, and changes nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from lsmlab import host, paths
+from lsmlab.bench import guest_budget
+from lsmlab.errors import LsmlabError
+from lsmlab.image import build
+from lsmlab.lab import Lab
+from lsmlab.machine import accel
+
+PROGRAMS = (
+    ("qemu-system-x86_64", "--version", "runs the guests"),
+    ("qemu-img", "--version", "makes their disks"),
+    ("mmdebstrap", "--version", "builds images from packages"),
+    ("mke2fs", "-V", "makes the image's file system"),
+    ("debugfs", "-V", "writes SELinux labels into it"),
+    ("unshare", "--version", "gives builds namespaces of their own"),
+    ("setpriv", "--version", "lets guests die with lsmlab"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. `needed`: without it nothing runs."""
+
+    what: str
+    ok: bool
+    needed: bool
+    found: str
+    advice: str = ""
+
+
+def examine(lab: Lab) -> list[Finding]:
+    """Every finding for running `lab` here, in the order a run needs them. Never raises LsmlabError."""
+    findings = [_program(*entry) for entry in PROGRAMS]
+    if os.geteuid() != 0:
+        findings.append(_program("newuidmap", "", "builds images without root"))
+        findings.append(_user_namespaces())
+    findings += [_folder("cache", paths.cache()), _folder("outcomes", paths.state()), _space(), _memory(lab)]
+    findings += [_image(lab), _kvm(lab), _packages(lab)]
+    return findings
+
+
+def _program(name: str, flag: str, purpose: str) -> Finding:
+    found = host.find(name)
+    if found is None:
+        package = host.PACKAGES.get(name, name)
+        return Finding(name, ok=False, needed=True, found=f"missing: {purpose}", advice=f"apt-get install {package}")
+    return Finding(name, ok=True, needed=True, found=host.version(name, flag) if flag else found)
+
+
+def _user_namespaces() -> Finding:
+    ok = False
+    found = "an ordinary user may make them, with the subordinate ids of /etc/subuid"
+    try:
+        host.run(host.in_namespace(["true"]), what="making a user namespace", timeout=10)
+        ok = True
+    except LsmlabError as error:
+        found = error.message.splitlines()[-1]
+    advice = (
+        ""
+        if ok
+        else "See that /etc/subuid and /etc/subgid have a line for you, and unprivileged user namespaces are on."
+    )
+    return Finding("user namespaces", ok=ok, needed=True, found=found, advice=advice)
+
+
+def _folder(what: str, folder: Path) -> Finding:
+    nearest = next(p for p in (folder, *folder.parents) if p.exists())
+    ok = os.access(nearest, os.W_OK | os.X_OK)
+    advice = "" if ok else "Set LSMLAB_HOME to a folder that can be written."
+    return Finding(what, ok=ok, needed=True, found=f"{folder}{'' if ok else ' cannot be written'}", advice=advice)
+
+
+def _space() -> Finding:
+    folder = next(p for p in (paths.cache(), *paths.cache().parents) if p.exists())
+    free = shutil.disk_usage(folder).free >> 20
+    ok = free >= build.NEEDED_MIB
+    advice = "" if ok else "Free some, or set LSMLAB_HOME to a folder on a larger disk."
+    return Finding(
+        "disk space", ok=ok, needed=False, found=f"{free} MiB free, a build takes {build.NEEDED_MIB}", advice=advice
+    )
+
+
+def _memory(lab: Lab) -> Finding:
+    try:
+        budget = guest_budget(lab.memory_mib)
+    except LsmlabError as error:
+        return Finding("memory", ok=False, needed=True, found=error.message, advice=error.hint)
+    return Finding("guests at once", ok=True, needed=True, found=f"{budget.guests} ({budget.reason})")
+
+
+def _image(lab: Lab) -> Finding:
+    image = build.find(lab)
+    if image is None:
+        advice = f"`lsmlab images build {lab.id}`, or any run: it takes a minute or two and the network."
+        return Finding(f"image {lab.id}", ok=False, needed=False, found="not built yet", advice=advice)
+    return Finding(
+        f"image {lab.id}", ok=True, needed=False, found=f"built {image.built}, kernel {image.kernel_release}"
+    )
+
+
+def _kvm(lab: Lab) -> Finding:
+    early = accel.device_state()
+    image = build.find(lab)
+    if early is not None:
+        state, detail = early
+    elif image is None:
+        return Finding("KVM", ok=True, needed=False, found="it opens; it has to prove itself once an image is built")
+    else:
+        state, detail = accel.known_or_probe(image.kernel)
+    ok = state is accel.KvmState.PROVEN
+    advice = "" if ok else f"Guests run under TCG, ten times slower. {accel.ADVICE[state]}"
+    return Finding("KVM", ok=ok, needed=False, found=f"{state}: {detail}", advice=advice)
+
+
+def _packages(lab: Lab) -> Finding:
+    try:
+        build.package_sources(lab.image.suite)
+    except LsmlabError as error:
+        return Finding("Debian packages", ok=False, needed=False, found=error.message, advice=error.hint)
+    return Finding("Debian packages", ok=True, needed=False, found="from the archive that this machine's apt uses")
