@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -188,7 +189,7 @@ def run_command(
         if outcomes:
             _write_json(Report(outcomes=tuple(outcomes)).to_json(), json_file)
     if str(json_file) != "-":
-        console.print(text.run_summary(outcomes, time.monotonic() - start))
+        console.print(text.run_summary(outcomes, time.monotonic() - start), markup=False)
     raise typer.Exit(exit_code(outcomes))
 
 
@@ -467,6 +468,9 @@ def main() -> NoReturn:
     """The program. Ends the process with an exit code of `EPILOG`."""
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an ASCII console shows a guest's text all the same
     code = ERROR
     try:
         code = app(standalone_mode=False) or AS_EXPECTED

@@ -79,7 +79,7 @@ def _at_least_one(text: str) -> int:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Begin the session. Boots and builds nothing. A lab or arm asked for that is not there is a usage error."""
-    config.addinivalue_line("markers", "vm: boots real guests (skipped with the reason where none can boot)")
+    config.addinivalue_line("markers", "lsmlab_vm: boots real guests (skipped with the reason where none can boot)")
     session = config.stash[SESSION] = LabSession(config)
     config.add_cleanup(session.close)
     asked_for = config.option.lsmlab_lab is not None or config.option.lsmlab_arm is not None
@@ -112,7 +112,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a guest where none can boot, with the reason; fail it under --require=vm."""
-    if item.get_closest_marker("vm") is None:
+    if item.get_closest_marker("lsmlab_vm") is None:
         return
     missing = missing_programs()
     if missing and item.config.stash[SESSION].image_is_built:
@@ -158,7 +158,7 @@ class ScenarioItem(pytest.Item):
     def __init__(self, *, case: Case, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.case = case
-        self.add_marker("vm")
+        self.add_marker("lsmlab_vm")
 
     def runtest(self) -> None:
         """Fails with the report of what is not as expected. Raises LsmlabError where nothing could be run at all."""
@@ -298,7 +298,7 @@ class LabSession:
         from lsmlab.progress import Silent
 
         terminal = self._config.pluginmanager.getplugin("terminalreporter")
-        wanted = self._config.option.verbose > 0 and self._config.option.capture == "no"
+        wanted = self._config.getoption("verbose", 0) > 0 and self._config.getoption("capture", "") == "no"
         return Lines(terminal) if terminal is not None and wanted else Silent()
 
     def outcome(self, item: ScenarioItem) -> Outcome:

@@ -66,7 +66,7 @@ def channel_of(name: str) -> Channel:
     Raises DefinitionError, MachineError, FrameworkError and ChannelError.
     """
     if name not in _running:
-        from lsmlab import definition
+        from lsmlab import definition, prepare
         from lsmlab.framework import FRAMEWORKS
         from lsmlab.framework.base import PolicyUnderTest
 
@@ -78,6 +78,7 @@ def channel_of(name: str) -> Channel:
             raise definition.unknown_name(f"arm of lab {lab}", arm, list(bench.lab.arms))
         with contextlib.ExitStack() as starting:
             machine = starting.enter_context(bench.guest(arm.kernel, f"host {arm}"))
+            prepare.mark(machine.channel, arm)
             FRAMEWORKS[arm.framework].enter(machine.channel, arm, PolicyUnderTest())
             _resources.push(starting.pop_all())
         _running[name] = machine.channel

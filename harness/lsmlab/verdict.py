@@ -238,8 +238,14 @@ def ending(seen: Observation) -> str:
 
 
 def own_denials(seen: Observation) -> tuple[Denial, ...]:
-    """The denials in the window that belong to the subject's processes."""
-    return tuple(d for d in evidence.denials(evidence.parse(seen.log)) if _is_subjects(d, seen))
+    """The denials in the window that belong to the subject's processes; of a `run`, from its program's exec on."""
+    records = evidence.parse(seen.log)
+    if seen.auid is not None:
+        started = next(
+            (r.serial for r in records if r.fields.get("key") == SUBJECT_KEY and _auid(r) == seen.auid), None
+        )
+        records = tuple(r for r in records if started is not None and r.serial >= started)
+    return tuple(d for d in evidence.denials(records) if _is_subjects(d, seen))
 
 
 def _is_subjects(denial: Denial, seen: Observation) -> bool:

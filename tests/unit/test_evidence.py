@@ -64,7 +64,13 @@ def test_selinux_enforcing_capture_is_read_exactly() -> None:
     assert (nginx.subject_domain, nginx.object_type) == ("httpd_t", "shadow_t")
     assert nginx.headline == nginx.raw[0]
     assert nginx.headline.startswith("type=AVC msg=audit(1795508111.424:147): avc:  denied  { read } for  pid=457 ")
-    assert [r.split(" ")[0] for r in nginx.raw] == ["type=AVC", "type=SYSCALL", "type=CWD", "type=PATH", "type=PROCTITLE"]
+    assert [r.split(" ")[0] for r in nginx.raw] == [
+        "type=AVC",
+        "type=SYSCALL",
+        "type=CWD",
+        "type=PATH",
+        "type=PROCTITLE",
+    ]
     assert (auditctl.subject, auditctl.tclass, auditctl.permissions) == (AUDITCTL, "filesystem", ("getattr",))
     assert auditctl.effective
     assert mode_changes(records) == ()
@@ -330,10 +336,15 @@ def test_apparmor_file_masks_without_a_class(operation: str) -> None:
 
 
 def test_apparmor_denials_without_a_mask_have_no_permissions() -> None:
-    assert only('type=AVC msg=audit(1.2:3): apparmor="DENIED" operation="userns_create" class="namespace"').permissions == ()
+    assert (
+        only('type=AVC msg=audit(1.2:3): apparmor="DENIED" operation="userns_create" class="namespace"').permissions
+        == ()
+    )
 
 
-@pytest.mark.parametrize("line", ["", "hello", "type=AVC", "type=AVC msg=audit(1:2): x", "# type=AVC msg=audit(1.0:2): a=b"])
+@pytest.mark.parametrize(
+    "line", ["", "hello", "type=AVC", "type=AVC msg=audit(1:2): x", "# type=AVC msg=audit(1.0:2): a=b"]
+)
 def test_what_is_no_record_is_passed_over(line: str) -> None:
     assert parse_line(line) is None
     assert parse(f"{line}\n{avc()}\n{line}") == parse(avc())
@@ -350,7 +361,7 @@ def test_bytes_that_are_not_utf8_in_the_log_do_no_harm() -> None:
 
 USER_RECORD = (
     "type=USER_CMD msg=audit(1795509852.300:150): pid=482 uid=33 auid=4294967295 ses=4294967295 subj={subj}"
-    " msg='cwd=\"/\" x' {forged} exe=\"/usr/bin/sudo\" terminal=? res=failed'"
+    ' msg=\'cwd="/" x\' {forged} exe="/usr/bin/sudo" terminal=? res=failed\''
 )
 
 
@@ -464,7 +475,9 @@ def test_a_path_record_comes_back_as_it_was(name: bytes) -> None:
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(["avc", "apparmor", "syscall", "granted", "junk"]), st.integers(1, 4)), max_size=30)
+    st.lists(
+        st.tuples(st.sampled_from(["avc", "apparmor", "syscall", "granted", "junk"]), st.integers(1, 4)), max_size=30
+    )
 )
 def test_there_are_as_many_denials_as_denying_records(lines: list[tuple[str, int]]) -> None:
     written = {

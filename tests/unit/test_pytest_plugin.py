@@ -121,11 +121,12 @@ def engine(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Engine
     """The fake engine, in a project with the flagship scenario, on a machine that has every program."""
     fake = Engine()
     monkeypatch.setenv("LSMLAB_HOME", str(pytester.path / "home"))
+    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(lsmlab.run, "run", fake.run)
     monkeypatch.setattr(lsmlab.bench, "open_bench", fake.open_bench)
     monkeypatch.setattr(lsmlab.host, "find", lambda program: f"/usr/bin/{program}")
     monkeypatch.setattr(lsmlab.image.build, "find", lambda _: None)
-    own = {"_bench_of": None, "_running": {}, "_resources": contextlib.ExitStack()}
+    own: dict[str, Any] = {"_bench_of": None, "_running": {}, "_resources": contextlib.ExitStack()}
     for name, value in own.items():  # the session that runs this test keeps its own
         monkeypatch.setattr(testinfra_backend, name, value)
     text = types.SimpleNamespace(
@@ -137,7 +138,8 @@ def engine(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Engine
 
 
 def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
-    return pytester.runpytest_inprocess("-p", "no:cacheprovider", "-ra", *arguments)
+    quick = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest")  # hypothesis would be imported again in each run
+    return pytester.runpytest_inprocess(*quick, "-ra", *arguments)
 
 
 def ids(result: pytest.RunResult) -> list[str]:
@@ -204,6 +206,11 @@ def test_a_worker_of_xdist_runs_its_own_items_only(pytester: pytest.Pytester, en
     pytester.makeconftest("def pytest_configure(config): config.workerinput = {}")
     run(pytester, "scenarios")
     assert engine.runs == [([f"{ID} selinux"], None), ([f"{ID} apparmor"], None)]
+
+
+def test_pytest_may_lack_its_terminal(pytester: pytest.Pytester, engine: Engine) -> None:
+    assert pytester.inline_run("-p", "no:terminal", "-p", "no:hypothesispytest", "scenarios").ret == 0
+    assert len(engine.runs) == 1
 
 
 def test_a_mismatch_fails_with_the_report_alone(pytester: pytest.Pytester, engine: Engine) -> None:
@@ -318,7 +325,7 @@ import pytest
 def guest():
     raise AssertionError("a guest was started")
 
-@pytest.mark.vm
+@pytest.mark.lsmlab_vm
 def test_vm(guest): pass
 
 def test_plain(): pass

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.vm
+pytestmark = pytest.mark.lsmlab_vm
 
 REPO = Path(__file__).resolve().parents[2]
 USER_TEST = """

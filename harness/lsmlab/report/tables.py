@@ -63,6 +63,7 @@ class Block:
 
 
 Shown = str | Text | Table | None
+"""A str is cleaned where it is laid out; the others are made of cleaned text already."""
 
 
 def facts(*pairs: tuple[str, Shown]) -> Table:
@@ -77,6 +78,7 @@ def facts(*pairs: tuple[str, Shown]) -> Table:
 
 
 def bullets(items: Iterable[Text]) -> Table | None:
+    """A list whose items may be longer than a line; None for none."""
     grid = Table.grid(padding=(0, 1, 0, 0))
     for item in items:
         grid.add_row("-", item)

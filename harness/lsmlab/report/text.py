@@ -342,8 +342,8 @@ def _attempt_detail(seen: AttemptRecord) -> Table:
         pairs += [("cause", event), ("no cause", bullets(_record(miss) for miss in seen.attribution.misses))]
     if look is not None:
         pairs += [
-            ("output", "\n".join(_some(look.output.splitlines(), SHOWN_LINES))),
-            ("errors", "\n".join(_some(look.errors.splitlines(), SHOWN_LINES))),
+            ("output", "\n".join(_some(clean(look.output).splitlines(), SHOWN_LINES))),
+            ("errors", "\n".join(_some(clean(look.errors).splitlines(), SHOWN_LINES))),
         ]
     return facts(*pairs)
 
@@ -381,7 +381,7 @@ def _mode(mode: ModeFacts) -> str:
 
 
 def _process(process: Process) -> str:
-    uids, gids = ("/".join(str(n) for n in dict.fromkeys(ids)) for ids in (process.uids, process.gids))
+    uids, gids = ("/".join(map(str, n if len(set(n)) > 1 else n[:1])) for n in (process.uids, process.gids))
     groups = ",".join(str(g) for g in process.groups) or "none"
     caps = f", capabilities {process.cap_effective:#x}" if process.cap_effective else ""
     main = ", main" if process.main else ""
