@@ -6,7 +6,7 @@ import re
 import secrets
 from collections.abc import Sequence
 
-from lsmlab import facts
+from lsmlab import evidence, facts
 from lsmlab.channel.base import Channel, CommandResult, run_script
 from lsmlab.definition import Strict
 from lsmlab.errors import ChannelError, CommandTimeoutError
@@ -18,7 +18,7 @@ SENTINEL_SECONDS = 20
 WINDOW_BYTES = 8 << 20
 """A longer window is a flood: the log counts as unavailable, since its end was not read."""
 KEPT_OUTPUT = 64 << 10
-"""Characters of output that the record keeps; the judgement is made on all of it."""
+"""Characters of output that a record keeps; the judgement is made on all of it."""
 AUDIT_LOG = "audit log"
 CURL_TIMED_OUT = 28
 """curl(1), EXIT CODES: operation timeout."""
@@ -59,6 +59,11 @@ class Observation(Strict):
 def fresh_word() -> str:
     """A random word of 16 letters and digits, made on the host: a restored guest repeats its own random numbers."""
     return secrets.token_hex(8)
+
+
+def shortened(seen: Observation) -> Observation:
+    """`seen` as it is kept: its output cut to `KEPT_OUTPUT`."""
+    return seen.model_copy(update={"output": seen.output[:KEPT_OUTPUT], "errors": seen.errors[:KEPT_OUTPUT]})
 
 
 class Opened(Strict):
@@ -106,8 +111,8 @@ def make(channel: Channel, spec: Attempt, unit: str, opened: Opened) -> Observat
         exit_code=result.exit_code if result else None,
         signal=result.signal if result else None,
         timed_out=result is None or (spec.http is not None and result.exit_code == CURL_TIMED_OUT),
-        output=result.out[:KEPT_OUTPUT] if result else "",
-        errors=result.err[:KEPT_OUTPUT] if result else "",
+        output=result.out if result else "",
+        errors=result.err if result else "",
         http_status=int(status[1]) if status and status[1] != "000" else None,
         canary=word,
         canary_planted=planted,
@@ -174,7 +179,7 @@ def curl_command(spec: Attempt) -> tuple[str, ...]:
     assert spec.http is not None
     request = spec.http
     return (
-        "curl", "--silent", "--show-error", "--path-as-is", "--max-time", str(spec.timeout),
+        "curl", "--silent", "--show-error", "--globoff", "--path-as-is", "--max-time", str(spec.timeout),
         "--request", request.method, "--write-out", "%{stderr}http_code=%{http_code}", f"http://127.0.0.1:{request.port}{request.path}",
     )  # fmt: skip
 
@@ -234,7 +239,7 @@ def read_window(sections: facts.Sections, opened: facts.AuditState, sentinel: st
     if problem:
         return _reading(SourceState.UNAVAILABLE, problem), log
     lines = before_sentinel.rpartition("\n")[0]  # the sentinel's own record is not the attempt's
-    count = lines.count("\ntype=") + lines.startswith("type=")
+    count = len(evidence.parse(lines))
     state = SourceState.FETCHED if count else SourceState.EMPTY
     return _reading(state, f"{count} records, none lost"), lines
 

@@ -183,7 +183,7 @@ def run_command(
                 number = store.add(outcome)
                 outcomes.append(outcome)
                 if str(json_file) != "-":
-                    with _above(progress):
+                    with progress.paused():
                         console.print(text.outcome_summary(outcome, number))
     finally:
         if outcomes:
@@ -191,14 +191,6 @@ def run_command(
     if str(json_file) != "-":
         console.print(text.run_summary(outcomes, time.monotonic() - start), markup=False)
     raise typer.Exit(exit_code(outcomes))
-
-
-@contextlib.contextmanager
-def _above(progress: Progress) -> Iterator[None]:
-    """Print while the live display stands aside."""
-    pause = getattr(progress, "paused", None)
-    with pause() if pause else contextlib.nullcontext():
-        yield
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
@@ -315,8 +307,7 @@ def shell_command(
     setup = discovery.load_scenarios([scenario])[0] if scenario else None
     with _progress(quiet) as progress, open_bench(machine, progress, accelerator=_accelerator(accel)) as bench:
         if not command:
-            with _above(progress):
-                shell.open_on_arm(bench, where, setup)
+            shell.open_on_arm(bench, where, setup)
             return
         result = shell.run_on_arm(bench, where, command, setup)
     sys.stdout.buffer.write(result.stdout)

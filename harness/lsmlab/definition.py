@@ -11,6 +11,8 @@ import difflib
 import hashlib
 import io
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +20,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
 from lsmlab.errors import DefinitionError
 
@@ -29,6 +30,7 @@ Finder = Callable[[str], Path | None]
 """Turns an id into its file, or None."""
 Model = TypeVar("Model", bound="Definition")
 
+MAX_DEPTH = 20
 MAX_BYTES = 1 << 20  # a definition is read by people; a larger file is something else
 
 
@@ -72,7 +74,8 @@ class RawDefinition:
 def peek_kind(path: Path) -> str | None:
     """The `kind:` of a YAML file, or None where it has none. Reads the head of the file only; never raises."""
     try:
-        head = path.read_text(encoding="utf-8", errors="replace")[:4096]
+        with path.open("rb") as handle:
+            head = handle.read(4096).decode("utf-8", "replace")
     except OSError:
         return None
     for line in head.splitlines():
@@ -85,30 +88,27 @@ def peek_kind(path: Path) -> str | None:
 def read_raw(path: Path) -> RawDefinition:
     """One file's data and origins. Raises DefinitionError with file and line for whatever is not plain YAML."""
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DefinitionError(f"{path}: cannot be read: {error.strerror or error}") from error
+        with path.open("rb") as handle:
+            raw = handle.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise DefinitionError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if len(raw) > MAX_BYTES:
-        raise DefinitionError(f"{path}: {len(raw)} bytes; a definition has at most {MAX_BYTES}")
+        raise DefinitionError(f"{path}: more than {MAX_BYTES} bytes; a definition is a text that people read")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DefinitionError(f"{path}: not UTF-8 text at byte {error.start}") from error
-    yaml = YAML(typ="rt")
-    yaml.allow_duplicate_keys = False
     try:
-        document = yaml.load(io.StringIO(text))
-    except DuplicateKeyError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        what = (error.problem or "").partition(" with")[0]
-        raise DefinitionError(f"{path}:{line}: {what}: each key may stand once") from error
+        # Nodes, not objects: each has its line, and no tag can make anything but plain data
+        document = YAML(typ="safe", pure=True).compose(io.StringIO(text))
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise DefinitionError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from error
-    except (YAMLError, ValueError, RecursionError) as error:
+    except (YAMLError, ValueError, RecursionError, AttributeError, TypeError) as error:
         raise DefinitionError(f"{path}:1: not valid YAML: {error}") from error
-    if not isinstance(document, CommentedMap):
-        raise DefinitionError(f"{path}:1: expected a mapping of keys to values, found {_found(document)}")
+    if not isinstance(document, MappingNode):
+        names = {SequenceNode: "a list", ScalarNode: "a text", type(None): "nothing"}
+        raise DefinitionError(f"{path}:1: expected a mapping of keys to values, found {names[type(document)]}")
     result = RawDefinition({})
     result.data = _plain(document, (), path, result.origins)
     result.origins[()] = Origin(path, 1)
@@ -116,27 +116,53 @@ def read_raw(path: Path) -> RawDefinition:
 
 
 def _plain(node: Any, loc: Location, path: Path, origins: dict[Location, Origin]) -> Any:
-    if isinstance(node, CommentedMap):
+    where = f"{path}:{node.start_mark.line + 1}"
+    if node.anchor is not None:
+        raise DefinitionError(f"{where}: &{node.anchor}: anchors and aliases are not used here; write the value out")
+    if len(loc) > MAX_DEPTH:
+        raise DefinitionError(f"{where}: nested more than {MAX_DEPTH} deep")
+    if isinstance(node, MappingNode):
         plain: dict[str, Any] = {}
-        for key, value in node.items():
-            line = node.lc.key(key)[0] + 1 if key in (node.lc.data or {}) else 1
-            if not isinstance(key, str):
-                raise DefinitionError(f"{path}:{line}: expected a text as key, found {_found(key)}")
-            origins[(*loc, key)] = Origin(path, line)
+        for key_node, value in node.value:
+            key = _scalar(key_node, path) if isinstance(key_node, ScalarNode) else None
+            at = Origin(path, key_node.start_mark.line + 1)
+            if not isinstance(key, str) or key == "<<":
+                found = (
+                    "a merge" if key == "<<" else _found(key) if isinstance(key_node, ScalarNode) else "a collection"
+                )
+                raise DefinitionError(f"{at}: expected a text as key, found {found}")
+            if key in plain:
+                raise DefinitionError(f'{at}: found duplicate key "{key}": each key may stand once')
+            origins[(*loc, key)] = at
             plain[key] = _plain(value, (*loc, key), path, origins)
         return plain
-    if isinstance(node, CommentedSeq):
+    if isinstance(node, SequenceNode):
         items = []
-        for index, value in enumerate(node):
-            origins[(*loc, index)] = Origin(path, node.lc.item(index)[0] + 1)
+        for index, value in enumerate(node.value):
+            origins[(*loc, index)] = Origin(path, value.start_mark.line + 1)
             items.append(_plain(value, (*loc, index), path, origins))
         return items
-    if isinstance(node, bool) or node is None:
-        return node
-    for base in (str, int, float):  # ruamel's scalar types carry formatting; ours must not
-        if isinstance(node, base):
-            return base(node)
-    return str(node)
+    return _scalar(node, path)
+
+
+def _scalar(node: ScalarNode, path: Path) -> Any:
+    """A plain value by YAML 1.2's core schema; a date is the text that was written."""
+    tag = str(node.tag).rpartition(":")[2] if str(node.tag).startswith("tag:yaml.org,2002:") else str(node.tag)
+    text = str(node.value)
+    try:
+        if tag == "null":
+            return None
+        if tag == "bool":
+            return {"true": True, "false": False}[text.lower()]
+        if tag == "int":
+            return int(text.replace("_", ""), 0 if text.lstrip("+-")[:2].lower() in {"0x", "0o"} else 10)
+        if tag == "float":
+            return float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
+    except (KeyError, ValueError) as error:
+        raise DefinitionError(f"{path}:{node.start_mark.line + 1}: {text[:40]!r} is not {tag}") from error
+    if tag in {"str", "timestamp"}:
+        return text
+    raise DefinitionError(f"{path}:{node.start_mark.line + 1}: {tag}: tags are not used here; write plain values")
 
 
 def _found(value: Any) -> str:
@@ -215,11 +241,15 @@ def _absolute(node: Any, folder: Path, file_keys: frozenset[str]) -> None:
         return
     for key, value in node.items():
         if key in file_keys and isinstance(value, str):
-            node[key] = str((folder / value).resolve())
+            node[key] = _joined(folder, value)
         elif key in file_keys and isinstance(value, list):
-            node[key] = [str((folder / v).resolve()) if isinstance(v, str) else v for v in value]
+            node[key] = [_joined(folder, v) if isinstance(v, str) else v for v in value]
         else:
             _absolute(value, folder, file_keys)
+
+
+def _joined(folder: Path, name: str) -> str:
+    return os.path.normpath(folder.resolve() / name)
 
 
 def validate(model: type[Model], raw: RawDefinition, path: Path) -> Model:
@@ -228,7 +258,12 @@ def validate(model: type[Model], raw: RawDefinition, path: Path) -> Model:
         # Strict JSON rules: texts become enumerations, paths and tuples, and nothing else is converted
         return model.model_validate_json(json.dumps(raw.data))
     except ValidationError as error:
-        faults = [_fault(e, raw, path, model) for e in error.errors()]
+        errors = error.errors()
+        # A faulty item drops out of its list, and pydantic then finds the list too short: not the file's fault
+        inside = {tuple(e["loc"][:n]) for e in errors for n in range(len(e["loc"]))}
+        faults = [
+            _fault(e, raw, path, model) for e in errors if e["type"] != "too_short" or tuple(e["loc"]) not in inside
+        ]
         raise DefinitionError("\n".join(dict.fromkeys(faults))) from error
 
 
@@ -252,9 +287,14 @@ def _fault(error: Mapping[str, Any], raw: RawDefinition, path: Path, model: type
     if kind == "enum" or kind.startswith("literal"):
         return f"{where}: {name}: expected {error['ctx']['expected']}, found {_found(error['input'])}"
     message = str(error["msg"]).removeprefix("Value error, ")
+    placed = re.match(r"([a-z_]+(?:\.[a-z_0-9]+)*): (.*)", message, re.DOTALL) if not loc else None
+    if placed:  # a fault between parts names its place itself
+        parts = placed[1].split(".")
+        loc, name, message = tuple(int(p) if p.isdigit() else p for p in parts), placed[1], placed[2]
+        where = raw.origin(loc, path)
     if kind.endswith("_type"):
         wanted = message.removeprefix("Input should be ").removeprefix("a valid ")
-        article = "" if wanted.startswith(("a ", "an ")) else "a "
+        article = "" if wanted.startswith(("a ", "an ")) else "an " if wanted[:1] in "aeiou" else "a "
         return f"{where}: {name}: expected {article}{wanted}, found {_found(error['input'])}"
     return f"{where}: {name}: {message}"
 

@@ -59,7 +59,7 @@ def _walk(root: Path, name: str) -> Iterable[Path]:
         yield root
         return
     for folder in sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else ():
-        if folder.name in SKIPPED:
+        if folder.name in SKIPPED or folder.is_symlink():  # a link may lead back up
             continue
         if (folder / name).is_file():
             yield folder / name
@@ -125,15 +125,17 @@ def load_scenarios(names: Iterable[str] = (), base: Path | None = None) -> tuple
     for name in names:
         direct = found.get(name)
         if direct is not None:
-            paths[direct] = None
+            paths[direct.resolve()] = None
             continue
         place = Path(name)
         if not place.exists():
             raise definition.unknown_name("scenario", name, found.ids)
-        paths |= dict.fromkeys(_in_place(place))
+        paths |= dict.fromkeys(p.resolve() for p in _in_place(place))
     if not paths:
         paths = dict.fromkeys((found.own or found.built_in).values())
-    return tuple(load_scenario_file(path, base) for path in paths)
+    loaded = {path: load_scenario_file(path, base) for path in paths}
+    _by_id(((scenario.id, path) for path, scenario in loaded.items()), "scenario")
+    return tuple(loaded.values())
 
 
 def _in_place(place: Path) -> list[Path]:

@@ -20,12 +20,15 @@ ENRICHMENT = "\x1d"
 ENCODED_FIELDS = frozenset(
     {"name", "path", "comm", "exe", "cwd", "proctitle", "profile", "key", "target", "peer", "info"}
 )
+KERNEL_TYPES = frozenset({"AVC", *(f"APPARMOR_{w}" for w in ("DENIED", "ALLOWED", "KILL", "STATUS", "AUDIT", "ERROR"))})
+"""Record types that AppArmor's messages come in; a process with CAP_AUDIT_WRITE can only write others (USER_*)."""
 MODE_CHANGES = frozenset({"MAC_STATUS", "MAC_POLICY_LOAD", "MAC_CONFIG_CHANGE"})
 """SELinux: enforcing switched, policy loaded, boolean changed."""
 
 _HEAD = re.compile(r"(?:node=\S+ )?type=(\S+) msg=audit\((\d+\.\d+):(\d+)\): ?(.*)", re.DOTALL)
 _FIELD = re.compile(r"""([A-Za-z_][\w-]*)=("(?:[^"]*)"|'(?:[^']*)'|\S*)""")
 _AVC = re.compile(r"avc:\s+(denied|granted)\s+\{([^}]*)\} for\s+(.*)", re.DOTALL)
+_FILE_MASK = re.compile(r"[rwaxmlkcd]+")
 _HEX = re.compile(r"(?:[0-9A-F]{2})+")
 
 
@@ -155,7 +158,7 @@ def _denial(record: Record, event: list[Record]) -> Denial | None:
         subject, target = fields.get("scontext", ""), fields.get("tcontext", "")
         permissions = tuple(fields["permissions"].split())
         tclass, operation = fields.get("tclass", ""), ""
-    elif fields.get("apparmor") in {"DENIED", "ALLOWED", "KILLED"}:
+    elif record.type in KERNEL_TYPES and fields.get("apparmor") in {"DENIED", "ALLOWED", "KILLED"}:
         framework, logged_only = Framework.APPARMOR, fields["apparmor"] == "ALLOWED"
         says_no = not logged_only
         subject, target = fields.get("profile", ""), ""
@@ -170,7 +173,8 @@ def _denial(record: Record, event: list[Record]) -> Denial | None:
         effective=says_no and success is not True,
         logged_only=logged_only,
         event=record.event,
-        pid=_number(fields.get("pid")),
+        # an object manager's own pid stands in pid=; the subject's, as D-Bus writes it, in spid=
+        pid=_number(fields.get("spid") if record.type == "USER_AVC" else fields.get("pid")),
         ppid=_number(named.get("ppid")),
         auid=_number(named.get("auid")),
         comm=fields.get("comm", ""),
@@ -193,14 +197,18 @@ def _mask(fields: dict[str, str]) -> Iterable[str]:
     if fields.get("capname"):
         return [fields["capname"]]
     mask = fields.get("denied_mask", "")
-    if fields.get("class") == "file" or fields.get("operation") in {"open", "exec", "file_mmap", "file_inherit"}:
+    if fields.get("class") == "file" or (fields.get("class") is None and _FILE_MASK.fullmatch(mask)):
         return list(mask)
     return mask.split()
 
 
 def mode_changes(records: Iterable[Record]) -> tuple[Record, ...]:
     """Records that say that a mode, policy, boolean or profile was changed."""
-    return tuple(r for r in records if r.type in MODE_CHANGES or r.fields.get("apparmor") == "STATUS")
+    return tuple(
+        r
+        for r in records
+        if r.type in MODE_CHANGES or (r.type in KERNEL_TYPES and r.fields.get("apparmor") == "STATUS")
+    )
 
 
 def refused_calls(records: Iterable[Record]) -> tuple[Record, ...]:

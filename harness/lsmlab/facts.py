@@ -152,7 +152,7 @@ class Sections:
         for name, body in zip(pieces[1::2], pieces[2::2], strict=True):
             self._parts[name] = body
         if "end" not in self._parts:
-            raise ChannelError("the guest's answer was cut short", hint=f"Last section: {[*self._parts, 'none'][-1]}.")
+            raise ChannelError("the guest's answer was cut short", hint=f"Last section: {['none', *self._parts][-1]}.")
 
     def __getitem__(self, name: str) -> str:
         try:
@@ -166,7 +166,7 @@ class Sections:
 
     def words(self, name: str) -> dict[str, str]:
         """A section of `key value` lines."""
-        return {key: value for key, _, value in (line.partition(" ") for line in self[name].splitlines()) if key}
+        return {key: value for key, _, value in (line.partition(" ") for line in self[name].split("\n")) if key}
 
 
 def mode_facts(sections: Sections) -> ModeFacts:
@@ -178,7 +178,7 @@ def mode_facts(sections: Sections) -> ModeFacts:
     profiles: dict[str, str] | None = None
     if "apparmor" in lsm:
         profiles = {}
-        for line in sections["profiles"].splitlines():
+        for line in sections["profiles"].split("\n"):
             match = re.fullmatch(r"(.+) \((\w+)\)", line)
             if match:
                 profiles[match[1]] = match[2]
@@ -205,7 +205,7 @@ def audit_state(sections: Sections) -> AuditState:
 
 def subject_facts(sections: Sections) -> SubjectFacts:
     """The service and its processes. Raises ChannelError on nonsense."""
-    properties = dict(line.split("=", 1) for line in sections["service"].splitlines() if "=" in line)
+    properties = dict(line.split("=", 1) for line in sections["service"].split("\n") if "=" in line)
     root_userns = sections["rootns"].strip()
     try:
         service = ServiceState(
@@ -222,7 +222,7 @@ def subject_facts(sections: Sections) -> SubjectFacts:
 
 def _records(text: str, first: str) -> Iterator[dict[str, list[str]]]:
     record: dict[str, list[str]] = {}
-    for line in text.splitlines():
+    for line in text.split("\n"):
         key, tab, value = line.partition("\t")
         if not tab:
             continue
@@ -235,7 +235,7 @@ def _records(text: str, first: str) -> Iterator[dict[str, list[str]]]:
 
 
 def _process(record: dict[str, list[str]], root_userns: str) -> Process:
-    status = {key: value.strip() for key, _, value in (s.partition(":") for s in record["status"])}
+    status = {key: value.strip(" \t") for key, _, value in (s.partition(":") for s in record["status"])}
     uids, gids = ([int(n) for n in status[key].split()] for key in ("Uid", "Gid"))
     return Process(
         pid=int(record["pid"][0]),
@@ -258,7 +258,7 @@ def _process(record: dict[str, list[str]], root_userns: str) -> Process:
 
 def object_facts(sections: Sections, path: str) -> ObjectFacts:
     """The object and every directory on the way. Raises ChannelError on nonsense."""
-    lines = [line.split("\t", 1) for line in sections["object"].splitlines() if "\t" in line]
+    lines = [line.split("\t", 1) for line in sections["object"].split("\n") if "\t" in line]
     values = {key: value for key, value in lines if key in {"missing", "real", "label", "mount"}}
     if "missing" in values:
         return ObjectFacts(path=path, exists=False, real="", label="?", read_only=False, device="", chain=())
@@ -273,7 +273,7 @@ def object_facts(sections: Sections, path: str) -> ObjectFacts:
             real=values["real"],
             label=values.get("label", "?"),
             read_only="ro" in options.split(","),
-            device=source.strip().removeprefix("/dev/"),
+            device=source.strip().partition("[")[0].removeprefix("/dev/"),
             chain=chain,
         )
     except (KeyError, ValueError, IndexError) as error:

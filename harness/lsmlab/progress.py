@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 
@@ -20,6 +21,10 @@ class Progress(Protocol):
         """Something that a person should know, and that stays on the screen."""
         ...
 
+    def paused(self) -> AbstractContextManager[None]:
+        """Stand aside for as long as the block lasts: somebody else uses the terminal."""
+        ...
+
 
 class Silent:
     """Tells nobody."""
@@ -32,3 +37,7 @@ class Silent:
 
     def note(self, text: str) -> None:
         """See `Progress.note`."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """See `Progress.paused`."""
+        return nullcontext()

@@ -238,6 +238,10 @@ class Lines:
         with self._lock:
             self._terminal.write_line(text)
 
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """See `Progress.paused`."""
+        return contextlib.nullcontext()
+
 
 class LabSession:
     """What one pytest run keeps: a bench for each lab that was used, and each outcome."""

@@ -153,7 +153,7 @@ def judge_attempt(scenario: Scenario, spec: Attempt, arm: Arm, seen: Observation
         denials=verdict.own_denials(seen),
         attribution=attribution,
         dac=explanation if spec in scenario.attacks else None,
-        observation=seen,
+        observation=attempt.shortened(seen),
     )
 
 

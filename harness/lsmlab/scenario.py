@@ -5,6 +5,7 @@ One folder each, `scenarios/<id>/scenario.yaml` and the files that it uses.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -259,9 +260,9 @@ class Scenario(Definition):
     @model_validator(mode="after")
     def _consistent(self) -> Scenario:
         ids = [a.id for a in self.attempts]
-        twice = next((i for i in ids if ids.count(i) > 1), None)
-        if twice:
-            raise ValueError(f"two attempts are called {twice!r}")
+        twice = next((n for n, i in enumerate(ids) if i in ids[:n]), None)
+        if twice is not None:
+            raise ValueError(f"attempts.{twice}: two attempts are called {ids[twice]!r}")
         attacks = [a.id for a in self.attempts if a.kind is AttemptKind.ATTACK]
         if not attacks:
             raise ValueError("attempts: expected at least one of kind attack")
@@ -307,19 +308,25 @@ class Scenario(Definition):
 
     def digest(self) -> str:
         """SHA-256 over the definition and the content of its files; where the folder lies does not matter."""
-        names = {str(path): path.name for path in self.files()}
-        text = self.model_dump_json(by_alias=True)
-        for full, name in names.items():
-            text = text.replace(full, name)
+        document = self.model_dump(mode="json", by_alias=True)
+        text = json.dumps(_without_folders(document, {str(p) for p in self.files()}), sort_keys=True)
         return definition.digest_of(text, *(read_file(path) for path in self.files()))
+
+
+def _without_folders(node: Any, files: set[str]) -> Any:
+    if isinstance(node, dict):
+        return {key: _without_folders(value, files) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_without_folders(value, files) for value in node]
+    return Path(node).name if node in files else node
 
 
 def read_file(path: Path) -> bytes:
     """A file that a definition names. Raises DefinitionError."""
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise DefinitionError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise DefinitionError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def load(path: Path, find: definition.Finder) -> Scenario:
@@ -330,7 +337,7 @@ def load(path: Path, find: definition.Finder) -> Scenario:
         where = raw.origin(("id",), path)
         raise DefinitionError(f"{where}: id: expected {path.parent.name!r}, the folder's name; found {scenario.id!r}")
     for file in scenario.files():
-        if not file.is_file():
+        if not _is_file(file):
             where = next(
                 (o for loc, o in raw.origins.items() if _value_at(raw.data, loc) == str(file)), raw.origins[()]
             )
@@ -338,7 +345,17 @@ def load(path: Path, find: definition.Finder) -> Scenario:
     return scenario
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or with a NUL
+        return False
+
+
 def _value_at(data: Any, loc: definition.Location) -> Any:
-    for part in loc:
-        data = data[part]
+    try:
+        for part in loc:
+            data = data[part]
+    except (KeyError, IndexError, TypeError):
+        return None
     return data

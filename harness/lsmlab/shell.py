@@ -35,7 +35,8 @@ def open_on_arm(bench: Bench, arm: Arm, scenario: Scenario | None = None) -> Non
     with bench.guest(arm.kernel, f"shell {arm}") as machine:
         _enter(bench, machine, arm, scenario)
         bench.progress.done(f"shell {arm}")
-        attach(machine)
+        with bench.progress.paused():
+            attach(machine)
 
 
 def open_on_attempt(bench: Bench, scenario: Scenario, arm: Arm, attempt_id: str) -> None:
@@ -51,7 +52,8 @@ def open_on_attempt(bench: Bench, scenario: Scenario, arm: Arm, attempt_id: str)
         opened = attempt.open_window(machine.channel, plan.unit, plan.object_path)
         attempt.make(machine.channel, spec, plan.unit, opened)
         bench.progress.done(f"shell {arm}")
-        attach(machine)
+        with bench.progress.paused():
+            attach(machine)
 
 
 def run_on_arm(bench: Bench, arm: Arm, argv: Sequence[str], scenario: Scenario | None = None) -> CommandResult:

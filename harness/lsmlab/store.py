@@ -14,6 +14,8 @@ from lsmlab.errors import DefinitionError, StoreError
 from lsmlab.outcome import Outcome
 
 VERSION = 1
+APPLICATION = 0x6C736D6C
+"""SQLite's application_id: a database without it is not ours."""
 SCHEMA = """
 CREATE TABLE outcomes (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -42,9 +44,9 @@ class Store:
             # FULL: the row is on the disk before `add` returns (https://www.sqlite.org/pragma.html#pragma_synchronous)
             connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
             with contextlib.closing(connection):
+                self._migrate(connection)
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=FULL")
-                self._migrate(connection)
                 yield connection
         except sqlite3.Error as error:
             raise StoreError(
@@ -53,19 +55,28 @@ class Store:
             ) from error
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
-        found = connection.execute("PRAGMA user_version").fetchone()[0]
-        if found == VERSION:
+        found, owner = (connection.execute(f"PRAGMA {p}").fetchone()[0] for p in ("user_version", "application_id"))
+        if (found, owner) == (VERSION, APPLICATION):
             return
-        if found > VERSION:
+        if owner == APPLICATION:
             raise StoreError(
                 f"{self.path}: written by a newer lsmlab (store version {found}; this one knows {VERSION})",
                 hint="Upgrade lsmlab.",
             )
         connection.execute("BEGIN IMMEDIATE")
-        if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
+        made_meanwhile = connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION
+        empty = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
+        if not made_meanwhile and (found or owner or not empty):
+            connection.execute("ROLLBACK")
+            raise StoreError(
+                f"{self.path}: a database of another program",
+                hint="Move it away; lsmlab then begins a store of its own. Nothing was changed.",
+            )
+        if not made_meanwhile:
             for statement in SCHEMA.split(";"):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {VERSION}")
+            connection.execute(f"PRAGMA application_id = {APPLICATION}")
         connection.execute("COMMIT")
 
     def add(self, outcome: Outcome) -> int:
@@ -97,12 +108,17 @@ class Store:
 
     def get(self, key: str) -> tuple[int, Outcome]:
         """The outcome with the number or id (or its beginning) `key`. Raises DefinitionError where there is none."""
+        number = int(key) if key.isascii() and key.isdigit() and len(key) < 18 else -1
+        queries = (
+            ("number = ?1", number),
+            ("id = ?1", key),
+            ("length(?1) >= 4 AND substr(id, 1, length(?1)) = ?1", key),
+        )
+        rows: list[tuple[int, str]] = []
         with self._open() as connection:
-            rows = connection.execute(
-                "SELECT number, document FROM outcomes"
-                " WHERE number = ?1 OR id = ?2 OR (length(?2) > 3 AND id GLOB ?2 || '*') LIMIT 2",
-                (int(key) if key.isdigit() and len(key) < 18 else -1, key),
-            ).fetchall()
+            for condition, value in queries:
+                statement = f"SELECT number, document FROM outcomes WHERE {condition} LIMIT 2"  # noqa: S608 - from above
+                rows = rows or connection.execute(statement, (value,)).fetchall()
         if len(rows) != 1:
             problem = "no outcome" if not rows else "more than one outcome"
             raise DefinitionError(f"{problem} is called {key!r}", hint="`lsmlab show` lists the newest.")

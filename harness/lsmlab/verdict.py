@@ -6,6 +6,7 @@ weighs the arms of one scenario under one framework. The rules are those of docs
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Mapping, Sequence
 
@@ -73,9 +74,9 @@ class JudgedArm(Strict):
     attempts: tuple[JudgedAttempt, ...] = ()
 
     @property
-    def service_denied(self) -> bool:
-        """The service could not start, and the policy is why."""
-        return not self.service_active and bool(self.setup_denials)
+    def start_denial(self) -> Denial | None:
+        """The denial that kept the service from starting, where it could not start and the policy is why."""
+        return next((d for d in self.setup_denials if d.effective and not self.service_active), None)
 
 
 class Conclusion(Strict):
@@ -119,6 +120,8 @@ def judge(spec: Attempt, arm: Arm, seen: Observation, subject: str, *, changes_m
     if problem:
         return Judgement(result=Result.UNCLEAR, reason=problem)
     proof = _proof_of_allowed(spec, seen)
+    if seen.auid is not None and ran_in(seen, records) is None and (proof or seen.exit_code == 0):
+        return Judgement(result=Result.UNCLEAR, reason="no exec record proves which domain the command ran in")
     if proof:
         return Judgement(result=Result.ALLOWED, reason=proof)
     sign = next((s for s in (_sign(b, seen) for b in spec.blocked_if) if s), "") or _refusal(spec, seen)
@@ -297,7 +300,8 @@ def _selinux_object(denial: Denial, scenario: Scenario, expected: DenialExpectat
         return f"another object type ({denial.object_type}, not {wanted})"
     path = expected.path if expected else None
     if path is not None:
-        same = denial.name in {path, path.rpartition("/")[2]}
+        # An AVC's name= is the last component alone; the PATH records of its event have what the process asked for
+        same = denial.name == path or any(posixpath.normpath(name) == path for name, _ in denial.paths)
         return "" if same else f"another object ({denial.name}, not {path})"
     redirected = expected is not None and expected.selinux_object is not None
     if tclass in INODE_CLASSES and not redirected and (denial.ino, denial.dev) != (seen.object.ino, seen.object.device):
@@ -388,7 +392,7 @@ class _Weighing:
         found = []
         for name in self.benign:
             seen = self.of(self.enforcing, name)
-            denied = any(d.effective for d in seen.denials) or self.enforcing.service_denied
+            denied = any(d.effective for d in seen.denials) or self.enforcing.start_denial is not None
             if seen.result is not Result.ALLOWED and self.result(self.control, name) is Result.ALLOWED and denied:
                 found.append(seen)
         return found
@@ -396,7 +400,7 @@ class _Weighing:
     def inconclusive(self) -> Conclusion | None:
         overblocked = {a.attempt for a in self.denied_benign()}
         for arm, attempt in self.needed():
-            excused = arm is self.enforcing and (arm.service_denied or attempt.attempt in overblocked)
+            excused = arm is self.enforcing and (arm.start_denial is not None or attempt.attempt in overblocked)
             if attempt.result is Result.UNCLEAR and not excused:
                 return Conclusion(
                     verdict=Verdict.INCONCLUSIVE, reason=f"{arm.arm}: {attempt.attempt}: {attempt.reason}"
@@ -447,10 +451,10 @@ class _Weighing:
         )
 
     def benign_broken(self) -> Conclusion | None:
-        if self.enforcing.service_denied:
+        if self.enforcing.start_denial is not None:
             return Conclusion(
                 verdict=Verdict.OVERBLOCKED,
-                reason=f"the service cannot start: {self.enforcing.setup_denials[0].headline}",
+                reason=f"the service cannot start: {self.enforcing.start_denial.headline}",
             )
         for arm in self.arms.values():
             for name in self.benign:

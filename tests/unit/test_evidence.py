@@ -148,11 +148,6 @@ def test_user_avc_of_an_object_manager_is_a_denial() -> None:
     assert (systemd.name, systemd.tclass) == ("/usr/lib/systemd/system/auditd.service", "service")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="evidence.py _denial: pid of a USER_AVC is the object manager's (pid=), the subject's is in spid=; so no"
-    " D-Bus denial is ever the subject's own",
-)
 def test_user_avc_names_the_subjects_process() -> None:
     assert read("user-avc.log")[0].pid == 482
 
@@ -324,11 +319,6 @@ def test_apparmor_masks(operation: str, rule_class: str | None, mask: str, permi
     assert only(apparmor(operation=operation, rule_class=rule_class, mask=mask)).permissions == permissions
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="evidence.py _mask: a record without class= (Debian 12, kernel 6.1) of another file operation than open,"
-    " exec, file_mmap, file_inherit is not split into letters",
-)
 @pytest.mark.parametrize("operation", ["rename_src", "file_perm", "file_lock", "link", "mknod", "truncate"])
 def test_apparmor_file_masks_without_a_class(operation: str) -> None:
     found = only(apparmor(operation=operation, rule_class=None, mask="wrd"))
@@ -365,11 +355,6 @@ USER_RECORD = (
 )
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="evidence.py _denial, mode_changes: the AppArmor branch does not look at the record's type, so a record that"
-    " a process wrote (types 11xx, 2xxx; needs CAP_AUDIT_WRITE) passes for the kernel's own",
-)
 @pytest.mark.parametrize("kind", ["DENIED", "STATUS"])
 def test_what_a_process_writes_into_the_log_is_not_the_kernels_record(kind: str) -> None:
     forged = f'apparmor="{kind}" operation="open" profile="nginx" name="/etc/shadow" denied_mask="r"'

@@ -53,7 +53,7 @@ process_facts() { # UNIT
 object_facts() { # PATH
     say object
     real=$(realpath -e -- "$1" 2>&1) || { printf 'missing\t%s\n' "$real"; return; }
-    printf 'real\t%s\nmount\t%s\n' "$real" "$(findmnt -n -o OPTIONS,SOURCE -T "$real")"
+    printf 'real\t%s\nmount\t%s\n' "$real" "$(findmnt --nofsroot -n -o OPTIONS,SOURCE -T "$real")"
     part=$real
     set --
     while :; do

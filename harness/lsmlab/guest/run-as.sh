@@ -17,7 +17,8 @@ if [ -e /sys/fs/selinux/enforce ]; then
     # mount(8) as shipped would enter mount_t, which may not mount over a service's program; this copy stays where it is
     chcon --reference="$exe" "$own/vehicle" && chcon -t bin_t "$own/mount" || give_up "its label cannot be set"
 fi
-auditctl -a always,exit -F arch=b64 -F path="$own/vehicle" -F perm=x -F key=lsmlab-subject > /dev/null ||
+# -A: before the rules on refused calls, so that a refused exec bears this key too
+auditctl -A always,exit -F arch=b64 -F path="$own/vehicle" -F perm=x -F key=lsmlab-subject > /dev/null ||
     give_up "its exec cannot be watched"
 [ "$nnp" = 1 ] && nnp=--no-new-privs || nnp=
 [ "$groups" = - ] && groups=--clear-groups || groups=--groups=$groups
