@@ -176,6 +176,7 @@ def run_command(
         raise typer.Exit(NOTHING)
     console, start, outcomes = _console(), time.monotonic(), list[Outcome]()
     store = Store()
+    store.count()  # a store that cannot be used is said now, not after the run
     try:
         with _progress(quiet) as progress, open_bench(machine, progress, accelerator=_accelerator(accel)) as bench:
             progress.note(f"Lab {machine.id}, {bench.acceleration.sentence()}")
@@ -451,41 +452,51 @@ def _say(words: str) -> None:
     print(f"lsmlab: {words}", file=sys.stderr)
 
 
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
+class Interrupted(BaseException):  # no KeyboardInterrupt, which typer makes an exit code of
+    """The program was asked to stop."""
+
+
+def _interrupt(number: int, _frame: object) -> NoReturn:
+    signal.signal(number, lambda *_: os._exit(INTERRUPTED))  # asked twice: at once; the kernel ends what we started
+    raise Interrupted
 
 
 def main() -> NoReturn:
     """The program. Ends the process with an exit code of `EPILOG`."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGHUP, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII console shows a guest's text all the same
-    code = ERROR
     try:
         code = app(standalone_mode=False) or AS_EXPECTED
-    except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted; outcomes recorded so far are kept")
-        code = INTERRUPTED
-    except DefinitionError as error:
-        _say(str(error))
-        code = USAGE
-    except LsmlabError as error:
-        _say(str(error))
-        code = ERROR
-    except typer.Exit as done:
-        code = done.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away: nothing to flush to
-    except OSError as error:
-        _say(f"{error.filename or 'this machine'}: {error.strerror or error}")
-    except _ClickException as error:
-        error.show()
-        code = USAGE
+    except (Exception, Interrupted, KeyboardInterrupt) as error:  # noqa: BLE001 - explained, or raised again
+        code = _explained(error)
     finally:
         qemu.stop_all()
     sys.exit(code)
+
+
+def _explained(error: BaseException) -> int:
+    """Say what happened, in one message, and give the exit code; what nobody foresaw keeps its traceback."""
+    if isinstance(error, (Interrupted, KeyboardInterrupt, typer.Abort)):
+        _say("interrupted; outcomes recorded so far are kept")
+        return INTERRUPTED
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    if isinstance(error, _ClickException):
+        error.show()
+        return USAGE
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away: nothing to flush to
+        return ERROR
+    if isinstance(error, LsmlabError):
+        _say(str(error))
+        return USAGE if isinstance(error, DefinitionError) else ERROR
+    if isinstance(error, OSError):
+        _say(f"{error.filename or 'this machine'}: {error.strerror or error}")
+        return ERROR
+    raise error
 
 
 if __name__ == "__main__":

@@ -270,7 +270,8 @@ def attribute(
         if not miss:
             return Attribution(denial=denial, misses=())
         misses.append(f"{miss}: {denial.headline}")
-    return Attribution(denial=None, misses=tuple(misses))
+    nearest_first = sorted(misses, key=lambda miss: miss.startswith("another subject"))
+    return Attribution(denial=None, misses=tuple(nearest_first))
 
 
 def _misfit(

@@ -71,6 +71,8 @@ class AgentChannel:
     def _execute(self, name: str, arguments: dict[str, Any] | None = None, timeout: float = ANSWER_SECONDS) -> Any:
         try:
             return portal.call(self._client.execute(name, arguments), timeout)
+        except TimeoutError:  # an OSError too, but not one of the socket's
+            raise
         except (QMPError, OSError, EOFError, asyncio.CancelledError) as error:
             raise ChannelError(f"{self._name}: {name}: {str(error) or type(error).__name__}") from error
 

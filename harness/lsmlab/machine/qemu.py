@@ -105,8 +105,10 @@ class QemuMachine:
         if (boot is None) == (incoming is None):
             raise ValueError("a guest starts from a kernel or from a saved state")
         overlay = keep_overlay or Path(tempfile.mkstemp(prefix=f"{name}-", suffix=".qcow2", dir=scratch)[1])
+        # Relative where it is kept: the cache may then be moved as a whole
+        backing = os.path.relpath(disk, overlay.parent) if keep_overlay else str(disk)
         host.run(
-            [host.need("qemu-img"), "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(disk), str(overlay)],
+            [host.need("qemu-img"), "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", backing, str(overlay)],
             what="making the guest's disk",
         )
         machine = None

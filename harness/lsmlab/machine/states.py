@@ -20,7 +20,7 @@ from lsmlab.machine.qemu import Boot, Hardware, QemuMachine
 from lsmlab.progress import Progress
 from lsmlab.terms import Framework, Kernel
 
-FORMAT = "1"
+FORMAT = "2"
 FILES = ("ram", "disk.qcow2")
 COMMON_ARGUMENTS = (
     "root=/dev/vda rw console=ttyS0 quiet audit=1 audit_backlog_limit=16384 panic=0 net.ifnames=0 "
@@ -52,7 +52,7 @@ def command_line(lab: Lab, kernel: Kernel) -> str:
 
 def _folder(lab: Lab, image: Image, kernel: Kernel, hardware: Hardware) -> Path:
     key = digest_of(
-        FORMAT, image.digest, str(image.folder), command_line(lab, kernel), *hardware.arguments(), hardware.qemu_version
+        FORMAT, image.digest, image.folder.name, command_line(lab, kernel), *hardware.arguments(), hardware.qemu_version
     )
     return paths.cache() / "states" / f"{lab.id}-{kernel}-{key[:16]}"
 

@@ -267,6 +267,8 @@ def _proof(outcome: Outcome) -> Iterator[tuple[str, list[str]]]:
         if seen is not None and seen.dac is not None:
             verb = "permits" if seen.dac.permitted else "forbids"
             yield f"DAC {verb} {'it' if len(attacks) == 1 else _line(name)}:", [seen.dac.rule]
+    if outcome.verdict in {Verdict.DAC_BLOCKED, Verdict.CONTROL_BLOCKED}:
+        return  # nothing is shown about MAC, so no denial is owed
     enforcing = outcome.arm(ENFORCING_ARM[outcome.framework])
     for name in attacks:
         seen = _made(enforcing, name)

@@ -1,0 +1,177 @@
+"""The whole chain on real kernels: the library's scenarios and the tests' own, on both labs, through the command."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import MINE, environment, lsmlab, outcomes
+
+pytestmark = pytest.mark.lsmlab_vm
+
+LABS = ["debian-13", "debian-12"]
+EXPECTED = {
+    ("nginx-reads-shadow", "selinux"): "CONTAINED",
+    ("nginx-reads-shadow", "apparmor"): "CONTAINED",
+    ("nginx-reads-shadow-as-root", "selinux"): "CONTAINED",
+    ("nginx-reads-shadow-as-root", "apparmor"): "CONTAINED",
+    ("nginx-reads-shadow-permissive-domain", "selinux"): "NOT_CONTAINED",
+    ("nginx-reads-shadow-wide-profile", "apparmor"): "NOT_CONTAINED",
+    ("nginx-reads-shadow-without-group", "selinux"): "DAC_BLOCKED",
+    ("nginx-reads-shadow-without-group", "apparmor"): "DAC_BLOCKED",
+}
+MY_EXPECTED = {
+    ("service-stopped", "selinux"): "INCONCLUSIVE",
+    ("service-stopped", "apparmor"): "INCONCLUSIVE",
+    ("cannot-start", "apparmor"): "OVERBLOCKED",
+    ("overblocked", "apparmor"): "OVERBLOCKED",
+    ("run-as-service", "selinux"): "CONTAINED",
+    ("run-as-service", "apparmor"): "CONTAINED",
+    ("effect", "selinux"): "CONTAINED",
+    ("effect", "apparmor"): "CONTAINED",
+    ("broken-setup", "selinux"): "ERROR",
+}
+Outcomes = dict[tuple[str, str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module", params=LABS)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Outcomes]:
+    """Every scenario of the library on one lab: the lab, its store's folder, the outcomes."""
+    state = tmp_path_factory.mktemp(request.param)
+    file = state / "out.json"
+    lsmlab("run", "--lab", request.param, "--json", str(file), env=environment(state))
+    return request.param, state, outcomes(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """The tests' own scenarios on the default lab. `broken-setup` expects CONTAINED and is an error: exit code 3."""
+    state = tmp_path_factory.mktemp("mine")
+    file = state / "out.json"
+    lsmlab("run", str(MINE), "--json", str(file), env=environment(state), code=3)
+    return outcomes(file.read_text())
+
+
+def arm(outcome: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(a for a in outcome["arms"] if a["arm"] == name)
+
+
+def attempt(outcome: dict[str, Any], arm_name: str, name: str = "read-shadow") -> dict[str, Any]:
+    found: dict[str, Any] = next(a for a in arm(outcome, arm_name)["attempts"] if a["attempt"] == name)
+    return found
+
+
+def test_every_verdict_is_the_expected_one(library: tuple[str, Path, Outcomes]) -> None:
+    lab, _, found = library
+    assert {key: o["verdict"] for key, o in found.items()} == EXPECTED
+    assert all(o["as_expected"] and o["lab"] == lab for o in found.values())
+
+
+def test_the_flagship_shows_the_whole_chain(library: tuple[str, Path, Outcomes]) -> None:
+    _, _, found = library
+    for framework, logging, enforcing in (
+        ("selinux", "selinux-permissive", "selinux-enforcing"),
+        ("apparmor", "apparmor-complain", "apparmor-enforce"),
+    ):
+        outcome = found["nginx-reads-shadow", framework]
+        assert [a["arm"] for a in outcome["arms"]] == ["dac", logging, enforcing]
+        results = [attempt(outcome, a)["result"] for a in ("dac", logging, enforcing)]
+        assert results == ["allowed", "allowed", "blocked"]
+        assert attempt(outcome, "dac")["dac"]["permitted"]
+        assert "group shadow (42)" in attempt(outcome, "dac")["dac"]["rule"]
+        workers = [
+            p for p in attempt(outcome, enforcing)["observation"]["subject_before"]["processes"] if not p["main"]
+        ]
+        assert {p["uids"][0] for p in workers} == {33}
+        assert all(a["attempts"] for a in outcome["arms"])
+
+
+def test_the_block_is_attributed_to_the_kernels_own_record(library: tuple[str, Path, Outcomes]) -> None:
+    _, _, found = library
+    selinux = attempt(found["nginx-reads-shadow", "selinux"], "selinux-enforcing")
+    record = selinux["attribution"]["denial"]
+    assert record["effective"] and record["syscall_success"] is False
+    assert (record["object_type"] if "object_type" in record else record["object"].split(":")[2]) == "shadow_t"
+    assert "permissive=0" in record["raw"][0] and "httpd_t" in record["raw"][0]
+    assert record["ino"] == selinux["observation"]["object"]["chain"][-1]["ino"]
+    apparmor = attempt(found["nginx-reads-shadow", "apparmor"], "apparmor-enforce")["attribution"]["denial"]
+    assert 'apparmor="DENIED"' in apparmor["raw"][0] and apparmor["name"] == "/etc/shadow"
+
+
+def test_the_frameworks_are_where_they_should_be_and_nowhere_else(library: tuple[str, Path, Outcomes]) -> None:
+    _, _, found = library
+    for (_, framework), outcome in found.items():
+        for record in outcome["arms"]:
+            present = {"selinux", "apparmor"} & set(record["lsm"])
+            assert present == (set() if record["arm"] == "dac" else {framework})
+
+
+def test_what_the_record_needs_to_be_repeated_is_there(library: tuple[str, Path, Outcomes]) -> None:
+    lab, state, found = library
+    outcome = found["nginx-reads-shadow", "selinux"]
+    environment_ = outcome["environment"]
+    assert len(environment_["image"]) == 64
+    assert environment_["kernel"] and environment_["qemu"] and environment_["accelerator"] in {"kvm", "tcg"}
+    assert {"nginx", "selinux-policy-default", "apparmor", "auditd"} <= set(environment_["packages"])
+    assert all("audit=1" in a["command_line"] for a in outcome["arms"])
+    sources = [a["observation"]["source"]["state"] for r in outcome["arms"] for a in r["attempts"]]
+    assert sources and "unavailable" not in sources
+    with sqlite3.connect(state / "lsmlab" / "outcomes.sqlite") as store:
+        kept = store.execute("SELECT document FROM outcomes WHERE id = ?", (outcome["id"],)).fetchone()
+    assert json.loads(kept[0])["scenario_digest"] == outcome["scenario_digest"]
+    assert lab in lsmlab("show", outcome["id"], env=environment(state)).stdout
+
+
+def test_canaries_are_fresh_for_every_attempt(library: tuple[str, Path, Outcomes]) -> None:
+    _, _, found = library
+    # the control arm is shared by both frameworks of a scenario: its attempts are the same ones
+    words = {
+        (scenario, a["arm"], t["attempt"]): t["observation"]["canary"]
+        for (scenario, _), o in found.items() for a in o["arms"] for t in a["attempts"]
+    }  # fmt: skip
+    assert len(set(words.values())) == len(words) > 40
+
+
+def test_the_tests_own_scenarios(mine: Outcomes) -> None:
+    assert {key: o["verdict"] for key, o in mine.items()} == MY_EXPECTED
+
+
+def test_a_failing_step_is_named(mine: Outcomes) -> None:
+    assert "setup, step 1" in mine["broken-setup", "selinux"]["reason"]
+    assert "no-such-group" in mine["broken-setup", "selinux"]["reason"]
+
+
+def test_a_command_run_as_the_service_is_proved_to_have_its_domain(mine: Outcomes) -> None:
+    seen = attempt(mine["run-as-service", "selinux"], "selinux-enforcing", "read-page")
+    execs = [
+        line for line in seen["observation"]["log"].split("\n") if 'key="lsmlab-subject"' in line and "SYSCALL" in line
+    ]
+    assert any("subj=system_u:system_r:httpd_t:s0" in e and "uid=33" in e and "success=yes" in e for e in execs)
+
+
+def test_try_says_what_is_true_in_each_arm(tmp_path: Path) -> None:
+    def answers(*arguments: str) -> dict[str, tuple[str, str]]:
+        done = lsmlab("try", "--json", "-", "-q", *arguments, env=environment(tmp_path))
+        return {a["arm"]: (a["result"], a["by"]) for a in json.loads(done.stdout)["arms"]}
+
+    arms = ("dac", "selinux-permissive", "selinux-enforcing", "apparmor-complain", "apparmor-enforce")
+    page = answers("--as", "nginx", "--", "cat", "/var/www/html/index.html")
+    assert page == dict.fromkeys(arms, ("ran", ""))
+    plain = answers("--as", "nginx", "--", "cat", "/etc/shadow")
+    assert plain == dict.fromkeys(arms, ("refused", "DAC"))
+    grouped = answers("--as", "nginx", "--group", "shadow", "--", "cat", "/etc/shadow")
+    assert grouped == {
+        **dict.fromkeys(arms, ("ran", "")),
+        "selinux-enforcing": ("refused", "SELinux"),
+        "apparmor-enforce": ("refused", "AppArmor"),
+    }
+
+
+def test_a_command_in_a_guest_of_an_arm(tmp_path: Path) -> None:
+    env = environment(tmp_path)
+    done = lsmlab("shell", "debian-13", "--arm", "selinux-enforcing", "-q", "--", "getenforce", env=env)
+    assert done.stdout == "Enforcing\n"
+    assert lsmlab("shell", "debian-13", "-q", "--", "sh", "-c", "exit 7", env=env, code=7).stdout == ""
