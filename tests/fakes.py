@@ -256,6 +256,7 @@ class FakeBench:
         self.stopped = threading.Event()
         self._make = make
         self._alive: set[ScriptedMachine | FakeMachine] = set()
+        self._closed = threading.Event()
         self._lock = threading.Lock()
 
     @property
@@ -268,6 +269,10 @@ class FakeBench:
         """How many guests run."""
         return len(self._alive)
 
+    def close(self) -> None:
+        """See `Bench.close`."""
+        self._closed.set()
+
     @contextlib.contextmanager
     def guest(self, kernel: Kernel, task: str) -> Iterator[ScriptedMachine | FakeMachine]:
         """See `Bench.guest`."""
@@ -277,6 +282,8 @@ class FakeBench:
         with self._lock:
             self._alive.add(machine)
         try:
+            if self._closed.is_set():
+                raise MachineError("no guest is started: the run was interrupted")
             yield machine
         finally:
             machine.stop()

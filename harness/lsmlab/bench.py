@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lsmlab import __version__, cache, host
-from lsmlab.errors import HostError
+from lsmlab.errors import HostError, MachineError
 from lsmlab.image import build
 from lsmlab.image.build import Image
 from lsmlab.lab import Lab
@@ -63,6 +63,8 @@ class Bench:
     """One lab, ready. Guests start from saved states, which are made on first use, each once."""
 
     def __init__(self, lab: Lab, progress: Progress, scratch: Path, *, accelerator: str = "auto") -> None:
+        for program in (QEMU, "qemu-img", "setpriv"):
+            host.need(program)  # now, and not after minutes of building an image
         self.lab = lab
         self.progress = progress
         self.image: Image = build.ensure(lab, progress)
@@ -73,6 +75,15 @@ class Bench:
         self._scratch = scratch
         self._locks = {kernel: threading.Lock() for kernel in Kernel}
         self._states: dict[Kernel, SavedState] = {}
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Let no further guest start, boots included: the program was asked to stop."""
+        self._closed.set()
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise MachineError("no guest is started: the run was interrupted")
 
     @property
     def hardware(self) -> Hardware:
@@ -95,6 +106,7 @@ class Bench:
     def state(self, kernel: Kernel, task: str) -> SavedState:
         """The saved state of one boot; booted on first use. Raises MachineError and FrameworkError."""
         with self._locks[kernel]:
+            self._check_open()
             if kernel not in self._states:
                 self.progress.step(task, f"looking for a booted guest (kernel: {kernel})")
                 self._states[kernel] = states.ensure(self.lab, self.image, kernel, self.hardware, self.progress, task)
@@ -107,6 +119,7 @@ class Bench:
         self.progress.step(task, "starting the guest")
         machine = state.start(task.replace(" ", "-").replace("/", "-")[:60], self._scratch)
         try:
+            self._check_open()  # it may have been asked to stop between its start and now
             yield machine
         finally:
             machine.stop()

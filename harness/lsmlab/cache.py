@@ -41,39 +41,30 @@ def lock(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[boo
 def scratch(purpose: str) -> Iterator[Path]:
     """A folder of this process's own in the cache, gone afterwards; after kill -9 the next `sweep` removes it."""
     root = paths.make(paths.cache() / "scratch")
-    folder = Path(tempfile.mkdtemp(prefix=f"{purpose}-", dir=root))
-    try:
-        with lock(folder / ".lock"):
-            yield folder
-    finally:
-        remove(folder)
+    with contextlib.ExitStack() as held:
+        with lock(_scratch_lock()):  # a sweep does not see the folder before its own lock is held
+            folder = Path(tempfile.mkdtemp(prefix=f"{purpose}-", dir=root))
+            held.callback(remove, folder)
+            held.enter_context(lock(folder / ".lock"))
+        yield folder
+
+
+def _scratch_lock() -> Path:
+    return paths.cache() / "locks" / "scratch"
 
 
 def sweep() -> int:
     """Remove the scratch folders whose process is gone; how many there were."""
     count = 0
     root = paths.cache() / "scratch"
-    for folder in root.iterdir() if root.is_dir() else ():
-        marker = folder / ".lock"
-        with contextlib.suppress(OSError):
-            if not marker.exists():
-                # Between mkdtemp and the lock lies an instant; an old folder without a lock is a leftover
-                if _age(folder) < 60:
-                    continue
+    with lock(_scratch_lock()):
+        for folder in sorted(root.iterdir()) if root.is_dir() else ():
+            # A run that ends may be removing its folder at this moment: what cannot be locked is not ours to remove
+            with contextlib.suppress(OSError), (folder / ".lock").open("a") as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 remove(folder)
                 count += 1
-                continue
-            with lock(marker, wait=False) as free:
-                if free:
-                    remove(folder)
-                    count += 1
     return count
-
-
-def _age(path: Path) -> float:
-    import time  # noqa: PLC0415 - the only use
-
-    return time.time() - path.stat().st_mtime
 
 
 def remove(folder: Path) -> None:
@@ -131,6 +122,8 @@ def read_manifest(target: Path) -> dict[str, Any] | None:
 def damage(target: Path, manifest: Mapping[str, Any], *, full: bool) -> str:
     """What is wrong with a cache entry, or an empty text. `full`: read and digest every byte."""
     for name, entry in manifest["files"].items():
+        if not isinstance(entry, dict) or not {"sha256", "bytes"} <= entry.keys():
+            return f"the manifest says nothing of {name}"
         path = target / name
         if not path.is_file():
             return f"{name} is missing"

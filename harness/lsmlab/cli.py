@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -16,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from lsmlab import __version__, discovery, doctor, inventory, run, shell, trial
+from lsmlab import __version__, cache, discovery, doctor, inventory, run, shell, trial
 from lsmlab.bench import open_bench
 from lsmlab.errors import DefinitionError, LsmlabError
 from lsmlab.image import build
@@ -169,6 +170,7 @@ def run_command(
         lsmlab run path/to/my-scenario
     """
     _json_target(json_file)
+    _accelerator(accel)
     machine = discovery.load_lab(lab)
     wanted = run.cases(discovery.load_scenarios(scenarios or ()), machine, _frameworks(framework))
     if not wanted:
@@ -207,6 +209,7 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
 @app.command("scenarios")
 def scenarios_command(json_file: JsonOption = None) -> None:
     """List the scenarios: lsmlab's own and those below ./scenarios."""
+    _json_target(json_file)
     found = [discovery.load_scenarios([name])[0] for name in discovery.scenarios().ids]
     if json_file is not None:
         rows = [
@@ -228,6 +231,7 @@ def scenarios_command(json_file: JsonOption = None) -> None:
 @app.command("labs")
 def labs_command(json_file: JsonOption = None) -> None:
     """List the labs: kinds of machine, their frameworks, and whether their image is built."""
+    _json_target(json_file)
     rows: list[dict[str, Any]] = []
     for name in discovery.labs().ids:
         machine = discovery.load_lab(name)
@@ -264,6 +268,7 @@ def show_command(
 
         lsmlab show 12 --json -
     """
+    _json_target(json_file)
     store = Store()
     if outcome is None:
         rows = store.recent(limit)
@@ -375,8 +380,14 @@ def try_command(
 @images_app.callback(invoke_without_command=True)
 def images_command(context: typer.Context, json_file: JsonOption = None) -> None:
     """List built images and saved guests."""
-    if context.invoked_subcommand:
-        return
+    if context.invoked_subcommand is None:
+        images_list(json_file)
+
+
+@images_app.command("list")
+def images_list(json_file: JsonOption = None) -> None:
+    """List built images and saved guests, with sizes, ages, and whether a run would still use them."""
+    _json_target(json_file)
     entries = inventory.entries()
     if json_file is not None:
         rows = [{**e.as_json(), "folder": str(e.folder)} for e in entries]
@@ -402,7 +413,8 @@ def images_build(
         lsmlab images build debian-13 debian-12
     """
     machines = [discovery.load_lab(name) for name in labs]
-    with _progress(quiet) as progress:
+    cache.sweep()
+    with _progress(quiet) as progress, cache.in_use():
         built = [build.ensure(machine, progress, rebuild=rebuild) for machine in machines]
     for image in built:
         print(f"{image.lab}  {image.digest[:16]}  {image.folder}")
@@ -422,6 +434,7 @@ def images_prune(
 @app.command("doctor")
 def doctor_command(lab: LabOption = discovery.DEFAULT_LAB, json_file: JsonOption = None) -> None:
     """Say what this machine has and lacks for running a lab, and what to do."""
+    _json_target(json_file)
     findings = doctor.examine(discovery.load_lab(lab))
     if json_file is not None:
         rows = [
@@ -470,6 +483,7 @@ def main() -> NoReturn:
             stream.reconfigure(errors="backslashreplace")  # an ASCII console shows a guest's text all the same
     try:
         code = app(standalone_mode=False) or AS_EXPECTED
+        sys.stdout.flush()  # a reader that went away is noticed here, and not when the interpreter ends
     except (Exception, Interrupted, KeyboardInterrupt) as error:  # noqa: BLE001 - explained, or raised again
         code = _explained(error)
     finally:
@@ -496,7 +510,9 @@ def _explained(error: BaseException) -> int:
     if isinstance(error, OSError):
         _say(f"{error.filename or 'this machine'}: {error.strerror or error}")
         return ERROR
-    raise error
+    traceback.print_exception(error)
+    _say("this is a defect of lsmlab; please report it with the lines above")
+    return ERROR
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ class DacStep(Strict):
     permitted: bool
     rule: str
     """Which rule decided, in words."""
+    by_mount: bool = False
+    """A read-only mount forbids it, whatever the permissions say."""
 
 
 class DacExplanation(Strict):
@@ -43,6 +45,12 @@ class DacExplanation(Strict):
     """The deciding rule: the object's own where all is permitted, else that of the first step that forbids."""
     steps: tuple[DacStep, ...]
     """Search on each directory from / on, then the access to the object."""
+
+    @property
+    def dac_forbids(self) -> bool:
+        """True where permissions forbid it; False where they permit it, or where it is only the mount."""
+        refusing = [step for step in self.steps if not step.permitted]
+        return not self.permitted and not (refusing and all(step.by_mount for step in refusing))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +105,14 @@ def _object_step(process: Process, entry: PathEntry, access: str, *, read_only: 
     permitted = decision.permitted
     rule = f"{decision.by}: {entry.path} is {_listing(entry)}; {decision.because}"
     # Devices, pipes and sockets can be written on a read-only mount: nothing of theirs reaches the file system.
+    by_mount = False
     if needs == "write" and read_only and stat.S_IFMT(entry.mode) in {stat.S_IFREG, stat.S_IFDIR}:
         who, alone = (
             ("not DAC, but the mount", "would permit it") if permitted else ("the mount and DAC", "forbids it too")
         )
         rule = f"{who}: {entry.path} is on a read-only mount, and nobody may write (EROFS); DAC {alone}: {rule}"
-        permitted = False
-    return DacStep(path=entry.path, needs=needs, permitted=permitted, rule=rule)
+        permitted, by_mount = False, permitted
+    return DacStep(path=entry.path, needs=needs, permitted=permitted, rule=rule, by_mount=by_mount)
 
 
 def _decide(process: Process, entry: PathEntry, needs: str) -> _Decision:

@@ -37,7 +37,7 @@ MAX_BYTES = 1 << 20  # a definition is read by people; a larger file is somethin
 class Strict(BaseModel):
     """Base of all models: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Definition(Strict):
@@ -187,7 +187,7 @@ def _merge(
     origins: dict[Location, Origin] = {}
     for key in [*low, *(k for k in high if k not in low)]:
         here = (*loc, key)
-        if key in high and high[key] is None:
+        if key in high and high[key] is None and key in low:
             continue  # `key: null` takes away what the base has
         if key in high and key in low and isinstance(low[key], dict) and isinstance(high[key], dict):
             data[key], inner = _merge(low[key], high[key], here, base, over)

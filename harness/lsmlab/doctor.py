@@ -20,6 +20,7 @@ PROGRAMS = (
     ("mmdebstrap", "--version", "builds images from packages"),
     ("mke2fs", "-V", "makes the image's file system"),
     ("debugfs", "-V", "writes SELinux labels into it"),
+    ("gpg", "--version", "checks the archive's signatures"),
     ("unshare", "--version", "gives builds namespaces of their own"),
     ("setpriv", "--version", "lets guests die with lsmlab"),
 )

@@ -21,6 +21,7 @@ PACKAGES = {
     "unshare": "util-linux",
     "setpriv": "util-linux",
     "newuidmap": "uidmap",
+    "gpg": "gpg",
 }
 """The Debian package that brings each program we use."""
 

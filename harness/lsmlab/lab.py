@@ -27,8 +27,6 @@ class DebianImage(Strict):
     """Size of the root file system, MiB."""
     masked_units: tuple[str, ...] = Field(default=())
     """systemd units that no scenario needs and that only cost boot time."""
-    disabled_units: tuple[str, ...] = Field(default=())
-    """Units that are not started at boot: the experiment starts them in the mode under test."""
 
 
 class Service(Strict):

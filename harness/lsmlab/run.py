@@ -56,12 +56,15 @@ def run(bench: Bench, wanted: Sequence[Case], *, guests: int | None = None) -> I
     order = sorted({(c.scenario.id, arm) for c in wanted for arm in arms_of(c.framework)}, key=_first_the_boots)
     scenarios = {c.scenario.id: c.scenario for c in wanted}
     pool = concurrent.futures.ThreadPoolExecutor(budget.guests, thread_name_prefix="arm")
+    futures: dict[tuple[str, Arm], concurrent.futures.Future[ArmRecord]] = {}
     try:
-        futures = {(i, arm): pool.submit(run_arm, bench, scenarios[i], arm) for i, arm in _in_turn(order, wanted)}
+        for name, arm in _in_turn(order, wanted):
+            futures[name, arm] = pool.submit(run_arm, bench, scenarios[name], arm)
         for case in wanted:
             arms = {arm: futures[(case.scenario.id, arm)].result() for arm in arms_of(case.framework)}
             yield conclude(bench, case, arms)
     except BaseException:
+        bench.close()  # first: an arm that waits for its guest then starts none
         for future in futures.values():
             future.cancel()
         qemu.stop_all()
@@ -92,7 +95,7 @@ def run_arm(bench: Bench, scenario: Scenario, arm: Arm) -> ArmRecord:
     try:
         with bench.guest(arm.kernel, task) as machine:
             record = _attempts(bench, machine, scenario, arm, task)
-    except LsmlabError as error:
+    except (LsmlabError, OSError) as error:
         record = ArmRecord(arm=arm, command_line=line, error=str(error))
     finally:
         bench.progress.done(task)

@@ -37,6 +37,14 @@ def _regex(value: str | None) -> str | None:
     return value
 
 
+def _distinct_names(paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    names = [p.name for p in paths]
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice:
+        raise ValueError(f"two files are called {twice!r}; in the guest one would replace the other")
+    return paths
+
+
 class Subject(Strict):
     """Who acts: a service of the lab, and the domain and profile that it must be found in."""
 
@@ -219,6 +227,7 @@ class SelinuxPolicy(Strict):
 
     modules: tuple[Path, ...] = Field(default=())
     """CIL modules, compiled natively in the image's root tree."""
+    _names = field_validator("modules")(_distinct_names)
     booleans: dict[str, bool] = Field(default_factory=dict)
 
 
@@ -226,6 +235,7 @@ class ApparmorPolicy(Strict):
     """What the scenario adds to the distribution's AppArmor profiles."""
 
     profiles: tuple[Path, ...] = Field(default=())
+    _names = field_validator("profiles")(_distinct_names)
 
 
 class Dac(Strict):

@@ -67,6 +67,7 @@ def ask(bench: Bench, question: Question, arms: Sequence[Arm], *, guests: int | 
         try:
             return list(pool.map(lambda arm: _ask(bench, question, arm), arms))
         except BaseException:
+            bench.close()
             qemu.stop_all()
             host.stop_all()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -95,7 +96,7 @@ def _ask(bench: Bench, question: Question, arm: Arm) -> TrialArm:
             bench.progress.step(task, " ".join(question.argv)[:60])
             seen = attempt.make(machine.channel, _spec(question), plan.unit, opened)
             return observe(question, arm, seen)
-    except LsmlabError as error:
+    except (LsmlabError, OSError) as error:
         return TrialArm(arm=arm, result="error", reason=str(error))
     finally:
         bench.progress.done(task)
@@ -176,6 +177,6 @@ def _in_words(
     if effective is not None:
         what = f"{{ {' '.join(effective.permissions)} }} {effective.name}".strip()
         return "refused", effective.framework.display, what
-    if verdict.REFUSED.search(seen.errors) and explanation is not None and not explanation.permitted:
+    if verdict.REFUSED.search(seen.errors) and explanation is not None and explanation.dac_forbids:
         return "refused", "DAC", explanation.rule
     return "failed", "", verdict.ending(seen)

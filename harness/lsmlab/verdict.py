@@ -411,7 +411,7 @@ class _Weighing:
     def control_blocked(self) -> Conclusion | None:
         for attack in self.blocked_in_control():
             seen = self.of(self.control, attack)
-            if seen.dac is not None and not seen.dac.permitted:
+            if seen.dac is not None and seen.dac.dac_forbids:
                 return Conclusion(
                     verdict=Verdict.DAC_BLOCKED, reason=f"{attack}: DAC alone forbids it: {seen.dac.rule}"
                 )

@@ -40,29 +40,6 @@ AWKWARD = (
 
 # Defects that are known, to be mended in the code under test
 
-UNTYPED = pytest.mark.xfail(
-    strict=True, reason="agent.py run: an answer of another shape is a KeyError, TypeError or AttributeError"
-)
-WORDLESS = pytest.mark.xfail(
-    strict=True,
-    reason="agent.py _execute: TimeoutError is an OSError, so the callers' own words for silence are never reached; "
-    "people see `guest-ping: TimeoutError`",
-)
-TOO_LONG = pytest.mark.xfail(
-    strict=True,
-    reason="agent.py __init__: QMPClient's readbuflen is 10 MiB by default, and WINDOW_BYTES in base64 is 10.7 MiB: "
-    "the connection is dropped, and the guest with it",
-)
-CLOSED = pytest.mark.xfail(
-    strict=True, reason="qemu.py _last_words: stop() has closed the process's stderr: ValueError, not MachineError"
-)
-
-
-def known_on_qemu(request: pytest.FixtureRequest, defect: pytest.MarkDecorator) -> None:
-    """The defect is the real machine's; the fake has none such."""
-    if request.node.callspec.params["opener"] == "qemu":
-        request.applymarker(defect)
-
 
 @dataclass(frozen=True, slots=True)
 class Guest:
@@ -216,7 +193,6 @@ def test_much_output_comes_whole(guest: Guest) -> None:
 
 
 def test_a_whole_window_of_the_audit_log_comes_through(request: pytest.FixtureRequest, fresh: Guest) -> None:
-    known_on_qemu(request, TOO_LONG)
     size = attempt.WINDOW_BYTES + 4096  # the window, and the facts that window-close.sh prints after it
     result = fresh.sh('head -c "$1" /dev/zero', str(size), timeout=120)
     assert len(result.stdout) == size
@@ -357,7 +333,6 @@ def test_the_console_can_be_read(guest: Guest) -> None:
 
 
 def test_a_stopped_machine_says_so_and_can_be_stopped_again(request: pytest.FixtureRequest, fresh: Guest) -> None:
-    known_on_qemu(request, CLOSED)
     assert fresh.answers()
     fresh.machine.snapshot("before")
     fresh.machine.stop()
@@ -451,8 +426,8 @@ def test_the_agents_answer_becomes_a_result(over_peer: OverPeer) -> None:
         {"exited": True, "exitcode": 0, "out-data": 7},
         {"exited": True, "exitcode": 0, "out-truncated": True},
         {"exited": True, "exitcode": 0, "err-truncated": True},
-        pytest.param("nonsense", marks=UNTYPED),
-        pytest.param([], marks=UNTYPED),
+        "nonsense",
+        [],
     ],
     ids=str,
 )
@@ -462,7 +437,6 @@ def test_nonsense_from_the_agent_is_an_error_of_the_channel(over_peer: OverPeer,
         channel.run(["x"])
 
 
-@UNTYPED
 @pytest.mark.parametrize("started", [{}, [], "nonsense"], ids=str)
 def test_a_command_without_a_pid_is_an_error_of_the_channel(over_peer: OverPeer, started: object) -> None:
     with pytest.raises(ChannelError):
@@ -475,7 +449,6 @@ def test_a_short_write_is_an_error(over_peer: OverPeer) -> None:
         channel.write_file("/x", b"four")
 
 
-@WORDLESS
 @pytest.mark.parametrize("silent", ["guest-file-open", "guest-file-write", "guest-file-close"])
 def test_an_agent_that_falls_silent_in_a_write(
     over_peer: OverPeer, silent: str, monkeypatch: pytest.MonkeyPatch
@@ -488,13 +461,11 @@ def test_an_agent_that_falls_silent_in_a_write(
         channel.write_file("/x", b"x")
 
 
-@WORDLESS
 def test_an_agent_that_never_comes_up(over_peer: OverPeer) -> None:
     with pytest.raises(ChannelError, match=r"did not answer within 0 s"):
         over_peer({"guest-ping": None}).wait_until_up(0.2)
 
 
-@TOO_LONG
 def test_a_window_of_the_largest_size_does_not_break_the_channel(over_peer: OverPeer) -> None:
     size = attempt.WINDOW_BYTES + 4096
     status = {"exited": True, "exitcode": 0, "out-data": base64.b64encode(bytes(size)).decode()}
@@ -502,7 +473,6 @@ def test_a_window_of_the_largest_size_does_not_break_the_channel(over_peer: Over
     assert [len(channel.run(["x"]).stdout) for _ in range(2)] == [size, size]
 
 
-@CLOSED
 def test_a_qemu_that_was_stopped_says_so() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:

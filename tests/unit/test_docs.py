@@ -86,13 +86,24 @@ def named_files(node: Any) -> Iterator[str]:
                 yield from named_files(value)
 
 
+def nothings(node: Any) -> Iterator[str]:
+    """The keys that stand with nothing, which takes away what a base has."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if value is None:
+            yield str(key)
+        yield from nothings(value)
+
+
 def loaded(path: Path) -> Scenario:
     return scenario.load(path, discovery.scenarios(REPO).get)
 
 
 @pytest.mark.parametrize("body", examples())
 def test_an_example_loads(body: str, tmp_path: Path) -> None:
-    assert loaded(stored(body, tmp_path)).attacks
+    path = stored(body, tmp_path)
+    assert loaded(path).attacks
+    taken_away = set(nothings(definition.read_raw(path).data))
+    assert taken_away <= {"selinux", "apparmor"}, "a comma makes a key of nothing of what stands behind it"
 
 
 def test_readme_and_reference_have_examples() -> None:
@@ -155,7 +166,7 @@ def test_the_reference_has_every_model() -> None:
 
 MISTAKES = {
     "slip": ("tags:", "titel: x\ntags:"),
-    "missing": ("{opened_by: www-data is in the group shadow, which may read the file}", "{access: read}"),
+    "missing": ("opened_by: www-data is in the group shadow, which may read the file", "access: read"),
     "number": ("title: a command inside nginx reads /etc/shadow", "title: 7"),
     "mode": ('content: "<h1>Our shop</h1>\\n"', "content: x, mode: 0600"),
     "twice": ("tags:", "title: x\ntags:"),
@@ -164,9 +175,8 @@ MISTAKES = {
     "base": ("id: nginx-runs-cat", "extends: nginx-read-shadow\nid: nginx-runs-cat"),
     "file": ("[nginx.apparmor]", "[absent.apparmor]"),
     "proof": (
-        '    canary: {file: /etc/shadow, line: "lsmlab-{canary}:!:20000::::::"}\n'
-        '    allowed_if: {output: "lsmlab-{canary}:"}',
-        '    allowed_if: {output: "root:"}',
+        '{file: /etc/shadow, line: "lsmlab-{canary}:!:20000::::::"}\n    allowed_if: {output: "lsmlab-{canary}:"}',
+        'null\n    allowed_if: {output: "root:"}',
     ),
     "canary": ('{output: "lsmlab-{canary}:"}', '{output: "root:"}'),
     "signs": ("run: [cat, /etc/shadow]", "http: {path: /x}"),

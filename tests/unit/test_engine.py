@@ -301,11 +301,6 @@ def test_a_broken_control_is_an_error_for_both_frameworks(bench_of: BenchOf) -> 
         assert "the control did not come up" in found.reason
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="run.py run_arm: an OSError (a full disk under QemuMachine.start's mkstemp) ends the whole run; "
-    "the other arms' results are lost",
-)
 def test_an_operating_system_error_in_an_arm_is_an_error_of_that_arm(bench_of: BenchOf) -> None:
     def make(kernel: Kernel, _: str) -> ScriptedMachine:
         if kernel is Kernel.SELINUX:
@@ -374,9 +369,6 @@ def test_a_guest_that_answers_nonsense_is_an_error(bench_of: BenchOf, answer: st
     assert (selinux.verdict, other.verdict) == (Verdict.ERROR, Verdict.CONTAINED)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="prepare.py bring_into: int() of what the guest's stat prints is a ValueError that ends the run"
-)
 def test_a_guest_whose_log_size_is_no_number_is_an_error(bench_of: BenchOf) -> None:
     selinux, other = outcomes(bench_of(with_answer(r"stat -c %s", said("nonsense\n"))), [flagship()])
     assert (selinux.verdict, other.verdict) == (Verdict.ERROR, Verdict.CONTAINED)
@@ -429,11 +421,6 @@ def test_an_interrupt_while_the_engine_waits_stops_the_pool(bench_of: BenchOf, m
     assert bench.alive == 0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="run.py run: an arm that waits (for its kernel's first boot, for the lock of an image) when Ctrl-C comes "
-    "goes on afterwards, starts its guest and does all its work before the pool is down",
-)
 def test_an_arm_that_waits_when_the_interrupt_comes_does_no_work(bench_of: BenchOf) -> None:
     worked: list[str] = []
 

@@ -198,7 +198,7 @@ def test_one_item_by_its_id(pytester: pytest.Pytester, engine: Engine) -> None:
 
 
 def test_the_vm_marker_selects_scenarios(pytester: pytest.Pytester, engine: Engine) -> None:
-    run(pytester, "--strict-markers", "-m", "not vm").assert_outcomes(deselected=2)
+    run(pytester, "--strict-markers", "-m", "not lsmlab_vm").assert_outcomes(deselected=2)
     assert engine.opened == []
 
 
@@ -445,7 +445,7 @@ def test_testinfras_host_is_a_guest_in_the_arm(pytester: pytest.Pytester, engine
     assert engine.opened == [("debian-13", "auto")]
     ((kernel, guest),) = engine.guests
     assert kernel is Kernel.SELINUX
-    assert guest.commands[:3] == [
+    assert [c for c in guest.commands if "mark" not in c][:3] == [
         ("setenforce", "1"),
         ("cat", "/sys/fs/selinux/enforce"),
         ("/bin/sh", "-c", "getenforce"),

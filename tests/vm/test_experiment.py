@@ -26,6 +26,7 @@ EXPECTED = {
 MY_EXPECTED = {
     ("service-stopped", "selinux"): "INCONCLUSIVE",
     ("service-stopped", "apparmor"): "INCONCLUSIVE",
+    ("service-stopped-later", "apparmor"): "INCONCLUSIVE",
     ("cannot-start", "apparmor"): "OVERBLOCKED",
     ("overblocked", "apparmor"): "OVERBLOCKED",
     ("run-as-service", "selinux"): "CONTAINED",

@@ -12,7 +12,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from qemu.qmp import QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
@@ -21,10 +21,14 @@ from lsmlab import portal
 from lsmlab.channel.base import CommandResult
 from lsmlab.errors import ChannelError, CommandTimeoutError
 
+T = TypeVar("T")
+
 WRITE_CHUNK = 1 << 20
 """Bytes a guest-file-write; the agent takes far more, and a smaller one keeps its memory low."""
 ANSWER_SECONDS = 30.0
 """How long the agent may take to answer one command that does not wait for anything in the guest."""
+ANSWER_BYTES = 64 << 20
+"""The longest answer that is read. The agent carries 16 MiB of output and of errors, in base64."""
 POLL_FIRST, POLL_MOST = 0.004, 0.1
 """guest-exec has no completion event: the status is asked for at growing distances, seconds."""
 
@@ -35,7 +39,7 @@ class AgentChannel:
     def __init__(self, sock: socket.socket, name: str) -> None:
         self._name = name
         self._socket = sock
-        self._client = QMPClient(f"agent-{name}")
+        self._client = QMPClient(f"agent-{name}", readbuflen=ANSWER_BYTES)
         self._client.await_greeting = False
         self._client.negotiate = False
         self._client.logger.disabled = True
@@ -83,7 +87,7 @@ class AgentChannel:
             arguments["input-data"] = base64.b64encode(stdin).decode()
         start = time.monotonic()
         try:
-            pid = self.command("guest-exec", **arguments)["pid"]
+            pid = self._field(self.command("guest-exec", **arguments), "pid", int)
         except ChannelError as error:
             if "Failed to execute child process" in str(error) or "No such file" in str(error):
                 return CommandResult(tuple(argv), 127, None, b"", f"{argv[0]}: {error}".encode(), 0.0)
@@ -92,12 +96,18 @@ class AgentChannel:
         while True:
             status = self.command("guest-exec-status", pid=pid)
             elapsed = time.monotonic() - start
-            if status.get("exited"):
+            if self._field(status, "exited", bool):
                 return self._result(tuple(argv), status, elapsed)
             if elapsed > timeout:
                 raise CommandTimeoutError(f"{self._name}: {' '.join(argv)[:200]}: not done after {timeout:.0f} s")
             time.sleep(min(pause, max(0.0, timeout - elapsed) + POLL_FIRST))
             pause = min(pause * 1.3, POLL_MOST)
+
+    def _field(self, answer: Any, key: str, kind: type[T]) -> T:
+        found = answer.get(key) if isinstance(answer, dict) else None
+        if not isinstance(found, kind):
+            raise ChannelError(f"{self._name}: the guest agent answered nonsense: no {key} in {str(answer)[:200]}")
+        return found
 
     def _result(self, argv: tuple[str, ...], status: dict[str, Any], seconds: float) -> CommandResult:
         try:
@@ -107,7 +117,7 @@ class AgentChannel:
             raise ChannelError(f"{self._name}: the guest agent answered nonsense: {error}") from error
         if status.get("out-truncated") or status.get("err-truncated"):
             raise ChannelError(f"{self._name}: {' '.join(argv)[:200]}: more output than the agent carries")
-        exit_code, signal = status.get("exitcode"), status.get("signal")
+        exit_code, signal = (self._field(status, key, int) if key in status else None for key in ("exitcode", "signal"))
         if (exit_code is None) == (signal is None):
             raise ChannelError(f"{self._name}: the guest agent gave neither exit status nor signal")
         return CommandResult(argv, exit_code, signal, out, err, seconds)
@@ -118,8 +128,14 @@ class AgentChannel:
         try:
             for start in range(0, len(data), WRITE_CHUNK):
                 chunk = base64.b64encode(data[start : start + WRITE_CHUNK]).decode()
-                written = self._execute("guest-file-write", {"handle": handle, "buf-b64": chunk})
-                if written.get("count") != len(data[start : start + WRITE_CHUNK]):
-                    raise ChannelError(f"{self._name}: {path}: only {written.get('count')} bytes were written")
+                written = self._field(self._write(handle, chunk), "count", int)
+                if written != len(data[start : start + WRITE_CHUNK]):
+                    raise ChannelError(f"{self._name}: {path}: only {written} bytes of a piece were written")
         finally:
             self.command("guest-file-close", handle=handle)
+
+    def _write(self, handle: Any, chunk: str) -> Any:
+        try:
+            return self._execute("guest-file-write", {"handle": handle, "buf-b64": chunk})
+        except TimeoutError:
+            raise ChannelError(f"{self._name}: guest-file-write: no answer in {ANSWER_SECONDS:.0f} s") from None

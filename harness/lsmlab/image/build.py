@@ -67,10 +67,12 @@ class Image:
 def recipe_digest(lab: Lab) -> str:
     """The digest of everything that decides what is built, short of the packages' versions on the day."""
     with resources.as_file(resources.files("lsmlab") / "image") as here:
-        overlay = sorted(p for p in (here / "overlay").rglob("*") if p.is_file())
+        overlay = sorted(p for p in (here / "overlay").rglob("*") if p.is_file() or p.is_symlink())
         parts: list[bytes | str] = [FORMAT, lab.image.model_dump_json(), (here / "prepare.sh").read_bytes()]
         for path in overlay:
-            parts += [str(path.relative_to(here)), path.read_bytes()]
+            # The owner's bits alone: a checkout has those of whoever cloned it elsewhere
+            kind = f"-> {path.readlink()}" if path.is_symlink() else f"{path.stat().st_mode & 0o700:o}"
+            parts += [str(path.relative_to(here)), kind, b"" if path.is_symlink() else path.read_bytes()]
     return digest_of(*parts, *EXCLUDED)
 
 
@@ -83,9 +85,15 @@ def find(lab: Lab, *, full_check: bool = False) -> Image | None:
     """The lab's cached image; None where there is none, or a damaged one. `full_check` reads every byte."""
     folder = folder_of(lab)
     manifest = cache.read_manifest(folder)
-    if manifest is None or cache.damage(folder, manifest, full=full_check):
+    if manifest is None or _damage(folder, manifest, full=full_check):
         return None
     return _image(lab, folder, manifest)
+
+
+def _damage(folder: Path, manifest: dict[str, Any], *, full: bool) -> str:
+    lacking = [key for key in ("kernel_release", "packages", "built") if key not in manifest]
+    lacking += [name for name in FILES if name not in manifest["files"]]
+    return f"its manifest has no {lacking[0]}" if lacking else cache.damage(folder, manifest, full=full)
 
 
 def _image(lab: Lab, folder: Path, manifest: dict[str, Any]) -> Image:
@@ -121,7 +129,7 @@ def _ensure_locked(lab: Lab, task: str, progress: Progress, *, rebuild: bool) ->
     manifest = cache.read_manifest(folder)
     if manifest is not None and not rebuild:
         progress.step(task, "verifying the image")
-        wrong = cache.damage(folder, manifest, full=True)
+        wrong = _damage(folder, manifest, full=True)
         if not wrong:
             progress.done(task)
             return _image(lab, folder, manifest)
@@ -143,7 +151,6 @@ def _build(lab: Lab, folder: Path, task: str, progress: Progress) -> Image:
         progress.step(task, "preparing the disk: units, policy, labels")
         with resources.as_file(resources.files("lsmlab") / "image") as here:
             (work / "masked_units").write_text("".join(f"{u}\n" for u in lab.image.masked_units), "utf-8")
-            (work / "disabled_units").write_text("".join(f"{u}\n" for u in lab.image.disabled_units), "utf-8")
             argv = ["sh", str(here / "prepare.sh"), str(work), str(here / "overlay"), str(lab.image.disk_mib)]
             _host_step(host.in_namespace(argv), f"preparing the disk of {lab.id}")
         progress.step(task, "proving that the policy without dontaudit decides the same")

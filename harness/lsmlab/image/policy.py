@@ -5,6 +5,7 @@ Under emulation `semodule` takes half a minute in a guest and five seconds here;
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,8 @@ def prove_same_decisions(shipped: str, audited: str) -> int:
         raise ImageError(f"{audited.count('(dontaudit')} dontaudit rules are left in the policy that should have none")
     left, right = decisions(shipped).splitlines(), decisions(audited).splitlines()
     if left != right:
-        different = next((pair for pair in zip(left, right, strict=False) if pair[0] != pair[1]), ("end", "end"))
+        pairs = itertools.zip_longest(left, right, fillvalue="nothing")
+        different = next(pair for pair in pairs if pair[0] != pair[1])
         raise ImageError(
             "the policy without dontaudit rules decides otherwise than the distribution's: "
             f"{different[0]} / {different[1]}"

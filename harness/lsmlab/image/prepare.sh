@@ -12,7 +12,6 @@ cp -R --no-preserve=ownership "$overlay/." tree/
 chmod 0640 tree/etc/audit/rules.d/audit.rules
 printf '%s\n' "$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n')" > tree/etc/machine-id
 while read -r unit; do ln -sf /dev/null "tree/etc/systemd/system/$unit"; done < masked_units
-while read -r unit; do rm -f tree/etc/systemd/system/*.wants/"$unit"; done < disabled_units
 rm -f tree/etc/resolv.conf tree/etc/update-motd.d/*
 
 mv tree/boot/vmlinuz-* vmlinuz

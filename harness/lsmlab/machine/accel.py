@@ -49,14 +49,16 @@ class Acceleration:
     """The choice, and why."""
 
     name: str
-    kvm: KvmState
+    kvm: KvmState | None
+    """None: not looked at."""
     detail: str
 
     def sentence(self) -> str:
         """One line for people."""
         if self.name == "kvm":
             return "KVM: proven with the lab's own kernel"
-        return f"TCG (software emulation): /dev/kvm is {self.kvm}: {self.detail}"
+        why = f"/dev/kvm is {self.kvm}: {self.detail}" if self.kvm else self.detail
+        return f"TCG (software emulation): {why}"
 
 
 def choose(kernel: Path, wanted: str = "auto") -> Acceleration:
@@ -66,7 +68,7 @@ def choose(kernel: Path, wanted: str = "auto") -> Acceleration:
     asked for and does not work.
     """
     if wanted == "tcg":
-        return Acceleration("tcg", KvmState.ABSENT, "not looked at: TCG was asked for")
+        return Acceleration("tcg", None, "as asked for")
     state, detail = known_or_probe(kernel)
     if state is KvmState.PROVEN:
         return Acceleration("kvm", state, detail)
@@ -125,7 +127,8 @@ def _key(kernel: Path) -> str:
     stat = kernel.stat()
     boot = Path("/proc/sys/kernel/random/boot_id")
     boot_id = boot.read_text("ascii") if boot.exists() else ""
-    access = str(os.access(KVM, os.R_OK | os.W_OK))
+    early = device_state()
+    access = early[0].value if early else "opens"
     return digest_of(str(kernel), str(stat.st_mtime_ns), host.version(QEMU, "--version"), boot_id, access)[:32]
 
 

@@ -292,7 +292,7 @@ class QemuMachine:
     def _last_words(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(2)
-        if self._process.poll() is None or self._process.stderr is None:
+        if self._process.poll() is None or self._process.stderr is None or self._process.stderr.closed:
             return ""
         os.set_blocking(self._process.stderr.fileno(), False)
         words = (self._process.stderr.read() or b"").decode("utf-8", "replace").strip()
