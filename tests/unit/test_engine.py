@@ -58,7 +58,7 @@ class Nginx:
             (r"cat /sys/fs/selinux/enforce", lambda _: said(f"{int(self._enforcing)}")),
             (r"stat -c %s /var/log/audit/audit.log", said("100\n")),
             (r"mark ", self._mark),
-            (r"write |mkdir -p|systemctl restart nginx.service", said()),
+            (r"write |mkdir -p|systemctl (is-active --quiet|restart) nginx.service", said()),
             (r"sh -c ", said()),  # a switch of the kernel's: echo 1 > ...
         ]
         self.machine = ScriptedMachine(ScriptedChannel([*answers, *own]))
