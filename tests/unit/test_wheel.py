@@ -35,10 +35,10 @@ def lsmlab(installed: Path, folder: Path, *arguments: str) -> str:
         f"import sys; sys.path.insert(0, {str(installed)!r}); import lsmlab.cli as c;"
         f" assert c.__file__.startswith({str(installed)!r}), c.__file__; c.main()"
     )
+    env = {**os.environ, "LSMLAB_HOME": str(folder / "home")}
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "LSMLAB_HOME": str(folder / "home")},
-    )  # fmt: skip
+        [sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True, check=False, env=env
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
