@@ -81,8 +81,14 @@ def open_window(channel: Channel, unit: str, object_path: str) -> Opened:
     A snapshot taken right after this is the state that the facts describe, so every attempt that starts from the
     snapshot may use them. Raises ChannelError where the guest does not answer or answers nonsense.
     """
-    nonce = fresh_word()
-    sections = facts.Sections(run_script(channel, "window-open", nonce, unit, object_path).check().out, nonce)
+    nonce, sentinel = fresh_word(), f"lsmlab-{fresh_word()}"
+    arguments = (nonce, unit, object_path, sentinel, str(SENTINEL_SECONDS))
+    answer = run_script(channel, "window-open", *arguments, timeout=SENTINEL_SECONDS + 60)
+    sections = facts.Sections(answer.check().out, nonce)
+    if sections["drained"].strip() != "seen":
+        raise ChannelError("the guest's audit queue does not come through to its log: auditd is stopped, or floods")
+    if sections["rest"].strip() != "steady":
+        raise ChannelError(f"the processes of {unit} do not come to rest")
     return Opened(
         subject=facts.subject_facts(sections),
         object=facts.object_facts(sections, object_path),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lsmlab import __version__, cache, host
+from lsmlab.definition import digest_of
 from lsmlab.errors import HostError, MachineError
 from lsmlab.image import build
 from lsmlab.image.build import Image
@@ -95,6 +96,7 @@ class Bench:
         """What an outcome says of all this."""
         return Environment(
             lsmlab=__version__,
+            lab_digest=digest_of(self.lab.model_dump_json()),
             image=self.image.digest,
             kernel=self.image.kernel_release,
             packages=self.image.packages,

@@ -113,8 +113,11 @@ def _write_json(content: str, target: Path | None) -> None:
         sys.stdout.write(content)
         return
     draft = target.with_name(f".{target.name}.{os.getpid()}")
-    draft.write_text(content, "utf-8")
-    draft.replace(target)
+    try:
+        draft.write_text(content, "utf-8")
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _accelerator(value: str) -> str:
@@ -183,8 +186,8 @@ def run_command(
         with _progress(quiet) as progress, open_bench(machine, progress, accelerator=_accelerator(accel)) as bench:
             progress.note(f"Lab {machine.id}, {bench.acceleration.sentence()}")
             for outcome in run.run(bench, wanted, guests=guests):
+                outcomes.append(outcome)  # first: where the store is full, --json still has it
                 number = store.add(outcome)
-                outcomes.append(outcome)
                 if str(json_file) != "-":
                     with progress.paused():
                         console.print(text.outcome_summary(outcome, number))
@@ -311,6 +314,8 @@ def shell_command(
     machine, where = discovery.load_lab(lab), _arm(arm)
     _need_arm(machine.arms, where, lab)
     setup = discovery.load_scenarios([scenario])[0] if scenario else None
+    if not command:
+        shell.need_terminal()
     with _progress(quiet) as progress, open_bench(machine, progress, accelerator=_accelerator(accel)) as bench:
         if not command:
             shell.open_on_arm(bench, where, setup)

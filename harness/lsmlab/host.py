@@ -68,7 +68,9 @@ def stop_all() -> None:
 
 def dying_with_us(argv: Sequence[str]) -> list[str]:
     """`argv`, killed by the kernel when the thread that starts it ends (setpriv --pdeathsig, prctl(2))."""
-    return [need("setpriv"), "--pdeathsig", "KILL", "--", *argv]
+    # We may die before setpriv has asked for the signal: then the shell finds another parent, and starts nothing
+    guard = 'if [ "$PPID" = "$0" ]; then exec "$@"; fi'
+    return [need("setpriv"), "--pdeathsig", "KILL", "--", "sh", "-c", guard, str(os.getpid()), *argv]
 
 
 def in_namespace(argv: Sequence[str]) -> list[str]:

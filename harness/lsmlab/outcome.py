@@ -35,6 +35,8 @@ class Environment(Strict):
     """What the experiment ran on."""
 
     lsmlab: str
+    lab_digest: str = ""
+    """SHA-256 of the lab's definition; empty in records of 0.1.0's first days."""
     image: str
     """SHA-256 of the disk."""
     kernel: str

@@ -13,13 +13,13 @@ from lsmlab.errors import HostError
 def cache() -> Path:
     """Images and saved machine states: can be deleted at any time, costs a rebuild."""
     home = os.environ.get("LSMLAB_HOME")
-    return Path(home) / "cache" if home else Path(platformdirs.user_cache_dir("lsmlab"))
+    return Path(home).expanduser().absolute() / "cache" if home else Path(platformdirs.user_cache_dir("lsmlab"))
 
 
 def state() -> Path:
     """The outcome store and what was learnt of this machine."""
     home = os.environ.get("LSMLAB_HOME")
-    return Path(home) / "state" if home else Path(platformdirs.user_state_dir("lsmlab"))
+    return Path(home).expanduser().absolute() / "state" if home else Path(platformdirs.user_state_dir("lsmlab"))
 
 
 def make(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from lsmlab import attempt, dac, host, prepare, verdict
 from lsmlab.attempt import Observation
 from lsmlab.bench import Bench, guest_budget
-from lsmlab.errors import ChannelError, DefinitionError, LsmlabError
+from lsmlab.errors import DefinitionError, LsmlabError
 from lsmlab.lab import Lab
 from lsmlab.machine import qemu, states
 from lsmlab.machine.qemu import QemuMachine
@@ -111,16 +111,15 @@ def _attempts(bench: Bench, machine: QemuMachine, scenario: Scenario, arm: Arm, 
     records: list[AttemptRecord] = []
     for number, spec in enumerate(scenario.attempts):
         bench.progress.step(task, f"{spec.kind} {spec.id}")
-        if number:
-            machine.restore(READY)
         try:
+            if number:
+                machine.restore(READY)
             seen = attempt.make(machine.channel, spec, plan.unit, opened)
-        except ChannelError as error:
+            records.append(judge_attempt(scenario, spec, arm, seen))
+        except LsmlabError as error:  # what the other attempts proved stays proved
             records.append(_failed(spec, str(error)))
             if not machine.running:
                 break
-            continue
-        records.append(judge_attempt(scenario, spec, arm, seen))
     subjects = {scenario.subject_name(f) for f in scenario.expected}
     return ArmRecord(
         arm=arm,

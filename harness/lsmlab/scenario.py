@@ -25,7 +25,6 @@ FILE_KEYS = frozenset({"from", "modules", "profiles"})
 CANARY = "{canary}"
 GuestPath = Annotated[str, StringConstraints(pattern=r"^/[^\x00\n]*$")]
 Words = Annotated[tuple[str, ...], Field(min_length=1)]
-ErrnoName = Literal["EACCES", "EPERM"]
 
 
 def _regex(value: str | None) -> str | None:

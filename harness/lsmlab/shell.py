@@ -31,7 +31,7 @@ FOREVER = 7 * 24 * 3600.0
 
 def open_on_arm(bench: Bench, arm: Arm, scenario: Scenario | None = None) -> None:
     """Give the terminal a root shell in a fresh guest of `arm`, set up for `scenario` where one is named."""
-    _need_terminal()
+    need_terminal()
     with bench.guest(arm.kernel, f"shell {arm}") as machine:
         _enter(bench, machine, arm, scenario)
         bench.progress.done(f"shell {arm}")
@@ -41,7 +41,7 @@ def open_on_arm(bench: Bench, arm: Arm, scenario: Scenario | None = None) -> Non
 
 def open_on_attempt(bench: Bench, scenario: Scenario, arm: Arm, attempt_id: str) -> None:
     """Make one attempt of `scenario` in a fresh guest of `arm`, and give the terminal a root shell in what it left."""
-    _need_terminal()
+    need_terminal()
     spec = next((a for a in scenario.attempts if a.id == attempt_id), None)
     if spec is None:
         raise DefinitionError(f"scenario {scenario.id} has no attempt {attempt_id!r}")
@@ -75,7 +75,8 @@ def _enter(bench: Bench, machine: QemuMachine, arm: Arm, scenario: Scenario | No
     return None
 
 
-def _need_terminal() -> None:
+def need_terminal() -> None:
+    """Raises HostError where standard input or output is no terminal."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise HostError(
             "a shell needs a terminal, and standard input or output is none",

@@ -14,11 +14,11 @@ from lsmlab.dac import DacExplanation
 from lsmlab.definition import Strict
 from lsmlab.errors import LsmlabError, SetupError
 from lsmlab.evidence import Denial, Record
-from lsmlab.facts import Process, SubjectFacts
+from lsmlab.facts import ObjectFacts, Process, SubjectFacts
 from lsmlab.framework.base import PolicyUnderTest
 from lsmlab.machine import qemu
 from lsmlab.scenario import AllowedIf, Attempt
-from lsmlab.terms import Arm, AttemptKind
+from lsmlab.terms import Arm, AttemptKind, Framework
 
 ALL_CAPABILITIES = (1 << 41) - 1
 
@@ -170,13 +170,26 @@ def _in_words(
     problem = verdict.failure(arm, seen, records, profile)
     if problem or (seen.exit_code == 97 and seen.errors.startswith("lsmlab: ")):  # see guest/run-as.sh
         return "error", "", problem or seen.errors.removeprefix("lsmlab: ").strip()
+    ran_in = verdict.ran_in(seen, records)
+    if arm.framework is not None and ran_in is not None and ran_in != profile:
+        return "error", "", f"the command ran in {ran_in or 'no domain'}, and the service is in {profile or 'none'}"
     if seen.exit_code == 0:
         logged = sum(d.logged_only for d in denials)
         return "ran", "", "exit status 0" + (f", {logged} denials logged only" if logged else "")
-    effective = next((d for d in denials if d.effective), None)
-    if effective is not None:
-        what = f"{{ {' '.join(effective.permissions)} }} {effective.name}".strip()
-        return "refused", effective.framework.display, what
-    if verdict.REFUSED.search(seen.errors) and explanation is not None and explanation.dac_forbids:
+    about = seen.object if explanation is not None else None
+    effective = [d for d in denials if d.effective]
+    cause = next((d for d in effective if about is None or _is_about(d, about)), None)
+    if cause is None and verdict.REFUSED.search(seen.errors) and explanation is not None and explanation.dac_forbids:
         return "refused", "DAC", explanation.rule
+    cause = cause or next(iter(effective), None)
+    if cause is not None:
+        what = f"{{ {' '.join(cause.permissions)} }} {cause.name}".strip()
+        return "refused", cause.framework.display, what
     return "failed", "", verdict.ending(seen)
+
+
+def _is_about(denial: Denial, target: ObjectFacts) -> bool:
+    """True where the record is about the object that was asked for."""
+    if denial.framework is Framework.APPARMOR:
+        return denial.name == target.real
+    return denial.ino is not None and (denial.ino, denial.dev) == (target.ino, target.device)

@@ -15,7 +15,7 @@ from lsmlab.attempt import Observation
 from lsmlab.dac import DacExplanation
 from lsmlab.definition import Strict
 from lsmlab.evidence import Denial, Record
-from lsmlab.facts import ModeFacts, domain_of
+from lsmlab.facts import ModeFacts, SubjectFacts, domain_of
 from lsmlab.scenario import CANARY, Attempt, BlockedIf, DenialExpectation, Scenario
 from lsmlab.terms import (
     CONTROL,
@@ -124,6 +124,8 @@ def judge(spec: Attempt, arm: Arm, seen: Observation, subject: str, *, changes_m
         return Judgement(result=Result.UNCLEAR, reason="no exec record proves which domain the command ran in")
     if proof:
         return Judgement(result=Result.ALLOWED, reason=proof)
+    if seen.auid is not None and not exec_made(seen, records):
+        return Judgement(result=Result.UNCLEAR, reason=f"the command was not started: {ending(seen)}")
     sign = next((s for s in (_sign(b, seen) for b in spec.blocked_if) if s), "") or _refusal(spec, seen)
     if sign:
         return Judgement(result=Result.BLOCKED, reason=sign)
@@ -155,8 +157,23 @@ def _unready(spec: Attempt, seen: Observation) -> str:
         return f"the service is {seen.subject_before.service.active}, not active"
     if not seen.subject_before.workers:
         return "the service has no process"
+    problem = _unsteady(seen.subject_before, seen.subject_after)
+    if problem:
+        return problem
     if spec.run is not None and seen.exit_code == 97 and seen.errors.startswith("lsmlab: "):
         return seen.errors.removeprefix("lsmlab: ").strip()
+    return ""
+
+
+def _unsteady(before: SubjectFacts, after: SubjectFacts) -> str:
+    """Why the facts about the subject before the attempt were not those of who acted."""
+    if all(p.main for p in before.workers) and any(not p.main for p in after.processes):
+        return "the service's workers appeared only during the attempt"
+    later = {p.pid: p for p in after.processes}
+    for process in before.workers:
+        now = later.get(process.pid, process)
+        if (now.uids, now.groups, now.label) != (process.uids, process.groups, process.label):
+            return f"{process.name} (pid {process.pid}) changed its user, groups or domain during the attempt"
     return ""
 
 
@@ -182,6 +199,11 @@ def ran_in(seen: Observation, records: Sequence[Record]) -> str | None:
         if ours and record.fields.get("success") == "yes":
             return domain_of(record.fields.get("subj", ""))
     return None
+
+
+def exec_made(seen: Observation, records: Sequence[Record]) -> bool:
+    """True where the kernel recorded the exec of a `run` attempt's program, permitted or refused."""
+    return any(r.type == "SYSCALL" and r.fields.get("key") == SUBJECT_KEY and _auid(r) == seen.auid for r in records)
 
 
 def _auid(record: Record) -> int | None:
@@ -393,8 +415,9 @@ class _Weighing:
         found = []
         for name in self.benign:
             seen = self.of(self.enforcing, name)
-            denied = any(d.effective for d in seen.denials) or self.enforcing.start_denial is not None
-            if seen.result is not Result.ALLOWED and self.result(self.control, name) is Result.ALLOWED and denied:
+            denied = seen.result is Result.BLOCKED and any(d.effective for d in seen.denials)
+            denied = denied or (seen.result is not Result.ALLOWED and self.enforcing.start_denial is not None)
+            if self.result(self.control, name) is Result.ALLOWED and denied:
                 found.append(seen)
         return found
 

@@ -224,8 +224,9 @@ def test_a_command_that_takes_too_long_is_an_error_of_its_own(guest: Guest) -> N
 
 
 def test_our_scripts_run_with_their_arguments(guest: Guest) -> None:
-    result = run_script(guest.channel, "window-open", "nonce", "no-such.service", guest.folder)
-    assert result.argv == ("window-open", "nonce", "no-such.service", guest.folder)
+    arguments = ("nonce", "no-such.service", guest.folder, "sentinel", "2")
+    result = run_script(guest.channel, "window-open", *arguments)
+    assert result.argv == ("window-open", *arguments)
     assert "@@nonce object\n" in result.out
     assert result.out.endswith("@@nonce end\n")
 

@@ -78,6 +78,8 @@ USER = (
 def printed(nonce: str, **parts: str | None) -> str:
     """What a guest script prints: facts.sh's say() and a body for each part; a part of None is left out."""
     whole: dict[str, str | None] = {
+        "rest": "steady\n",
+        "drained": "seen\n",
         "service": SERVICE,
         "processes": MASTER + WORKER,
         "rootns": "user:[4026531837]\n",
@@ -576,6 +578,18 @@ def test_an_http_attempt_is_observed() -> None:
     assert re.fullmatch(r"[0-9a-f]{16}", seen.canary)
     (planted,) = (c for c in guest.ran if c[0] == "sh")
     assert planted[-2:] == ("/etc/shadow", f"lsmlab-{seen.canary}:!:::::::")
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"drained": ""}, "audit queue does not come through"),
+        ({"rest": ""}, "the processes of nginx.service do not come to rest"),
+    ],
+)
+def test_a_window_opens_only_on_a_machine_at_rest(parts: dict[str, str], words: str) -> None:
+    with pytest.raises(ChannelError, match=words):
+        attempt.open_window(Guest(done(""), **parts), "nginx.service", "/etc/shadow")
 
 
 def test_every_attempt_has_words_of_its_own() -> None:

@@ -161,7 +161,7 @@ def imaged(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
             "packages": {"nginx": "1"},
             "built": "2026-11-24",
         }
-        cache.publish(work, build.folder_of(discovery.load_lab()), build.FILES, about)
+        cache.publish(work, build.folder_of(discovery.load_lab(), "a"), build.FILES, about)
     host.stub("qemu-img", "exit 0")
     return host
 

@@ -38,6 +38,9 @@ RECORDS = {
 """Of the refused read, under each framework."""
 
 
+OPENING = [("rest", "steady\n"), ("drained", "seen\n")]
+
+
 class Nginx:
     """A guest with nginx in it, by script: DAC lets it read /etc/shadow, the enforcing frameworks do not.
 
@@ -85,7 +88,9 @@ class Nginx:
 
     def _window_open(self, argv: tuple[str, ...]) -> Any:
         nonce = argv[4]
-        return said(self._sections(nonce, [*self._subject(), ("object", self._object()), *self._kernel_facts(100)]))
+        return said(
+            self._sections(nonce, [*OPENING, *self._subject(), ("object", self._object()), *self._kernel_facts(100)])
+        )
 
     def _window_close(self, argv: tuple[str, ...]) -> Any:
         nonce, sentinel = argv[4], argv[7]

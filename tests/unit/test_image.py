@@ -215,9 +215,9 @@ def test_the_recipe_changes_with_links_and_modes(lab: Lab, tmp_path: Path, monke
 
 
 def test_two_labs_have_two_folders(lab: Lab) -> None:
-    assert build.folder_of(lab).name.startswith("debian-13-")
-    assert build.folder_of(lab) != build.folder_of(discovery.load_lab("debian-12"))
-    assert build.folder_of(lab).parent == paths.cache() / "images"
+    assert build.folder_of(lab, "a").name.startswith("debian-13-")
+    assert build.folder_of(lab, "a") != build.folder_of(discovery.load_lab("debian-12"), "a")
+    assert build.folder_of(lab, "a").parent == paths.cache() / "images"
 
 
 # Where packages come from
@@ -405,7 +405,7 @@ def test_an_image_is_found_only_when_it_is_whole(lab: Lab) -> None:
         for name, content in files.items():
             (work / name).write_bytes(content)
         about = {"kernel_release": "6.12", "packages": {"nginx": "1"}, "built": "2026-11-24"}
-        cache.publish(work, build.folder_of(lab), build.FILES, about)
+        cache.publish(work, build.folder_of(lab, "a"), build.FILES, about)
     image = build.find(lab, full_check=True)
     assert image is not None
     assert (image.lab, image.kernel_release, image.packages) == ("debian-13", "6.12", {"nginx": "1"})
@@ -423,8 +423,8 @@ def test_a_manifest_of_another_shape_is_damage(lab: Lab, lacking: str) -> None:
     with cache.scratch("image") as work:
         for name in build.FILES:
             (work / name).touch()
-        cache.publish(work, build.folder_of(lab), build.FILES, {"kernel_release": "", "packages": {}, "built": ""})
-    manifest = build.folder_of(lab) / cache.MANIFEST
+        cache.publish(work, build.folder_of(lab, "a"), build.FILES, {"kernel_release": "", "packages": {}, "built": ""})
+    manifest = build.folder_of(lab, "a") / cache.MANIFEST
     content = json.loads(manifest.read_text())
     content[lacking] = {"disk.qcow2": {}}
     if lacking != "files":

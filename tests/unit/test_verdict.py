@@ -194,8 +194,37 @@ def test_one_worker_in_another_domain_is_unclear(arm: Arm, label: str, reason: s
         )
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (subject(process(481, main=True)), subject(process(481, main=True), process(482)), "appeared only during"),
+        (
+            subject(process(481, main=True), process(482).model_copy(update={"uids": (0, 0, 0, 0)})),
+            None,
+            "changed its user, groups or domain",
+        ),
+        (
+            subject(process(481, main=True), process(482, label="unconfined")),
+            None,
+            "changed its user, groups or domain",
+        ),
+    ],
+)
+def test_a_subject_that_was_not_at_rest_proves_nothing(before: Any, after: Any, words: str) -> None:
+    changes = {"subject_before": before} | ({"subject_after": after} if after else {})
+    result, reason = result_of(http_attempt(), observation(DAC, **changes, **READ_IT), DAC)
+    assert result is UNCLEAR
+    assert words in reason
+
+
+def test_a_command_that_was_not_started_is_no_block() -> None:
+    seen = run_observation(ENFORCING, exit_code=1, errors="unshare: unshare failed: Operation not permitted")
+    assert result_of(run_attempt(), seen)[0] is UNCLEAR
+
+
 def test_in_the_control_arm_no_domain_is_asked_for() -> None:
-    seen = observation(DAC, subject_before=subject(label="whatever"), **READ_IT)
+    whatever = subject(label="whatever")
+    seen = observation(DAC, subject_before=whatever, subject_after=whatever, **READ_IT)
     assert result_of(http_attempt(), seen, DAC)[0] is ALLOWED
 
 
@@ -808,7 +837,7 @@ VERDICTS: dict[str, tuple[Mapping[str, Any], Verdict, str]] = {
     ),
     "benign work is unclear, with a denial": (
         {"enforcing": (DENIED, benign(UNCLEAR, denial()))},
-        Verdict.OVERBLOCKED,
+        Verdict.INCONCLUSIVE,
         "front-page",
     ),
     "the service is denied at its start": (

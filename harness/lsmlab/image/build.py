@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import secrets
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -76,18 +77,24 @@ def recipe_digest(lab: Lab) -> str:
     return digest_of(*parts, *EXCLUDED)
 
 
-def folder_of(lab: Lab) -> Path:
-    """Where the lab's image lies in the cache, built or not."""
-    return paths.cache() / "images" / f"{lab.id}-{recipe_digest(lab)[:16]}"
+def folder_of(lab: Lab, build_id: str) -> Path:
+    """Where one build of the lab's image lies in the cache."""
+    return paths.cache() / "images" / f"{lab.id}-{recipe_digest(lab)[:16]}-{build_id}"
+
+
+def _folders(lab: Lab) -> list[Path]:
+    """The lab's images in the cache, newest first. Each build has a folder of its own: another run may use an older."""
+    found = paths.cache().glob(f"images/{folder_of(lab, '*').name}")
+    return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)
 
 
 def find(lab: Lab, *, full_check: bool = False) -> Image | None:
     """The lab's cached image; None where there is none, or a damaged one. `full_check` reads every byte."""
-    folder = folder_of(lab)
-    manifest = cache.read_manifest(folder)
-    if manifest is None or _damage(folder, manifest, full=full_check):
-        return None
-    return _image(lab, folder, manifest)
+    for folder in _folders(lab):
+        manifest = cache.read_manifest(folder)
+        if manifest is not None and not _damage(folder, manifest, full=full_check):
+            return _image(lab, folder, manifest)
+    return None
 
 
 def _damage(folder: Path, manifest: dict[str, Any], *, full: bool) -> str:
@@ -125,16 +132,15 @@ def ensure(lab: Lab, progress: Progress, *, rebuild: bool = False) -> Image:
 
 
 def _ensure_locked(lab: Lab, task: str, progress: Progress, *, rebuild: bool) -> Image:
-    folder = folder_of(lab)
-    manifest = cache.read_manifest(folder)
-    if manifest is not None and not rebuild:
+    for folder in [] if rebuild else _folders(lab):
         progress.step(task, "verifying the image")
-        wrong = _damage(folder, manifest, full=True)
-        if not wrong:
+        manifest = cache.read_manifest(folder)
+        wrong = _damage(folder, manifest, full=True) if manifest is not None else "its manifest cannot be read"
+        if manifest is not None and not wrong:
             progress.done(task)
             return _image(lab, folder, manifest)
-        progress.note(f"The cached image of {lab.id} is damaged ({wrong}): building it anew.")
-    image = _build(lab, folder, task, progress)
+        progress.note(f"The cached image of {lab.id} is damaged ({wrong}): it is not used.")
+    image = _build(lab, folder_of(lab, secrets.token_hex(3)), task, progress)
     progress.done(task)
     return image
 
@@ -156,10 +162,10 @@ def _build(lab: Lab, folder: Path, task: str, progress: Progress) -> Image:
         progress.step(task, "proving that the policy without dontaudit decides the same")
         about = _about(lab, work)
         progress.step(task, "packing the disk")
-        _host_step(
-            [host.need("qemu-img"), "convert", "-q", "-O", "qcow2", str(work / "disk.raw"), str(work / "disk.qcow2")],
-            f"packing the disk of {lab.id}",
+        convert = host.dying_with_us(
+            [host.need("qemu-img"), "convert", "-q", "-O", "qcow2", str(work / "disk.raw"), str(work / "disk.qcow2")]
         )
+        _host_step(convert, f"packing the disk of {lab.id}")
         cache.publish(work, folder, FILES, about)
     manifest = cache.read_manifest(folder)
     if manifest is None:
@@ -200,11 +206,8 @@ def _bootstrap(lab: Lab, work: Path) -> None:
         f"--aptopt={work / 'apt.conf'}", *(f"--dpkgopt=path-exclude={p}" for p in EXCLUDED),
         f"--include={','.join(lab.image.packages)}",
     ]  # fmt: skip
-    if os.geteuid() == 0:
-        # TMPDIR in the work folder: what kill -9 leaves behind is swept with it
-        argv = host.in_namespace(["env", f"TMPDIR={work}", *argv, "--mode=root"])
-    else:
-        argv = host.dying_with_us([*argv, "--mode=unshare"])
+    # In namespaces of ours, also without root: they die with us, and what is left of it lies in the work folder
+    argv = host.in_namespace(["env", f"TMPDIR={work}", *argv, "--mode=root"])
     _host_step([*argv, lab.image.suite, str(work / "tree.tar"), *sources], f"installing the packages of {lab.id}")
 
 

@@ -1,6 +1,7 @@
 # Turns a root tree from mmdebstrap into a lab's disk. Runs on the host, in namespaces of its own, as root there.
 # Nothing outside WORK is written. Arguments: WORK OVERLAY DISK_MIB
 set -eu
+umask 022 # the image's files must not take their modes from whoever builds it
 work=$1 overlay=$2 disk_mib=$3
 PATH=$PATH:/usr/sbin:/sbin
 cd "$work"
@@ -8,7 +9,9 @@ mkdir tree
 tar -C tree --exclude='./dev/*' -xf tree.tar
 rm tree.tar
 
-cp -R --no-preserve=ownership "$overlay/." tree/
+cp -R "$overlay" overlay
+chmod -R u=rwX,go=rX overlay
+cp -R --no-preserve=ownership overlay/. tree/
 chmod 0640 tree/etc/audit/rules.d/audit.rules
 printf '%s\n' "$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n')" > tree/etc/machine-id
 while read -r unit; do ln -sf /dev/null "tree/etc/systemd/system/$unit"; done < masked_units
@@ -36,9 +39,10 @@ if [ -d tree/etc/selinux/default ]; then
     rm tree/usr/lib/lsmlab/policy.audited
     # Labels by the image's own file_contexts; they are written into the finished disk, which needs no privilege.
     printf 'ea_set / security.selinux %s\n' "$(chroot tree matchpathcon -n /)" > labels
-    (cd tree && find . -mindepth 1 -xdev -path ./dev/null -o -printf '/%P\n') | chroot tree sh -c '
-        while read -r path; do printf "%s\n" "$path"; done | tr "\n" "\0" | xargs -0 matchpathcon' |
-        awk -F "\t" '$2 != "<<none>>" { printf "ea_set \"%s\" security.selinux %s\n", $1, $2 }' >> labels
+    (cd tree && find . -mindepth 1 -xdev -path ./dev/null -o -printf '/%P\n') > paths
+    tr '\n' '\0' < paths | chroot tree xargs -0 matchpathcon > contexts
+    [ "$(wc -l < paths)" = "$(wc -l < contexts)" ] || { echo "not every file of the image was given a label" >&2; exit 1; }
+    awk -F "\t" '$2 != "<<none>>" { printf "ea_set \"%s\" security.selinux %s\n", $1, $2 }' contexts >> labels
 fi
 
 rm tree/dev/null

@@ -11,9 +11,9 @@ import asyncio
 import contextlib
 import os
 import re
+import secrets
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -104,7 +104,7 @@ class QemuMachine:
         """
         if (boot is None) == (incoming is None):
             raise ValueError("a guest starts from a kernel or from a saved state")
-        overlay = keep_overlay or Path(tempfile.mkstemp(prefix=f"{name}-", suffix=".qcow2", dir=scratch)[1])
+        overlay = keep_overlay or scratch / f"{name}-{secrets.token_hex(4)}.qcow2"
         # Relative where it is kept: the cache may then be moved as a whole
         backing = os.path.relpath(disk, overlay.parent) if keep_overlay else str(disk)
         host.run(
@@ -214,11 +214,6 @@ class QemuMachine:
     @property
     def channel(self) -> Channel:
         """See `Machine.channel`."""
-        return self._agent
-
-    @property
-    def agent(self) -> AgentChannel:
-        """The agent's channel, with its own commands."""
         return self._agent
 
     @property
