@@ -311,6 +311,7 @@ def shell_command(
 
         lsmlab shell debian-12 --arm selinux-permissive -- id -Z
     """
+    _accelerator(accel)
     machine, where = discovery.load_lab(lab), _arm(arm)
     _need_arm(machine.arms, where, lab)
     setup = discovery.load_scenarios([scenario])[0] if scenario else None

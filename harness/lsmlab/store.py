@@ -45,7 +45,10 @@ class Store:
             connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
             with contextlib.closing(connection):
                 self._migrate(connection)
-                connection.execute("PRAGMA journal_mode=WAL")
+                if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+                    # Needs the file alone for a moment; where another holds it, this once without: as durable, slower
+                    with contextlib.suppress(sqlite3.OperationalError):
+                        connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=FULL")
                 yield connection
         except sqlite3.Error as error:

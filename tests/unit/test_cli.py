@@ -409,7 +409,7 @@ def test_a_damaged_image_is_said_and_built_anew(imaged: Host) -> None:
     found = imaged.lsmlab("run", FLAGSHIP)
     assert found.code == 3
     assert re.search(
-        r"The cached image of debian-13 is damaged \(disk\.qcow2 is damaged: .*\): building it anew", found.err
+        r"The cached image of debian-13 is damaged \(disk\.qcow2 is damaged: .*\): it is not used", found.err
     )
     assert "E: boom" in found.refused(3).replace("The cached", "")
     assert imaged.called("mmdebstrap")
