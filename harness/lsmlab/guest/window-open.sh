@@ -6,8 +6,11 @@ log=/var/log/audit/audit.log
 
 ids() { # the pids, users and domains of the service's processes
     while read -r pid; do
-        grep -H -E '^(Uid|Groups):' "/proc/$pid/status"
-        tr -d '\0' < "/proc/$pid/attr/current"
+        while IFS= read -r line; do
+            case $line in Pid:*|Uid:*|Groups:*) printf '%s\n' "$line" ;; esac
+        done < "/proc/$pid/status"
+        IFS= read -r line < "/proc/$pid/attr/current"
+        printf '%s\n' "$line"
     done < "/sys/fs/cgroup/system.slice/$unit/cgroup.procs" 2>/dev/null
 }
 
