@@ -81,6 +81,17 @@ def in_namespace(argv: Sequence[str]) -> list[str]:
     return dying_with_us(inner)
 
 
+def need_namespaces() -> None:
+    """See that `in_namespace` works here. Raises HostError that says what to do."""
+    try:
+        run(in_namespace(["true"]), what="making namespaces", timeout=10)
+    except HostError as error:
+        hint = "In a container or chroot, or where unprivileged user namespaces are off, build as root, or elsewhere."
+        if os.geteuid() != 0:
+            hint = f"See that /etc/subuid and /etc/subgid have a line for you. {hint}"
+        raise HostError(error.message, hint=hint) from error
+
+
 def run(argv: Sequence[str], *, what: str, stdin: bytes = b"", timeout: float = 600) -> bytes:
     """Run a program of this machine; its standard output. `timeout` in seconds.
 

@@ -150,6 +150,7 @@ def _build(lab: Lab, folder: Path, task: str, progress: Progress) -> Image:
         host.need(program)
     if os.geteuid() != 0:
         host.need("newuidmap")
+    host.need_namespaces()
     with cache.scratch(f"image-{lab.id}") as work:
         _check_space(work)
         progress.step(task, f"installing {lab.title}'s packages")
