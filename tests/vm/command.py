@@ -24,7 +24,7 @@ def environment(state: Path, **more: str) -> dict[str, str]:
 
 
 def lsmlab(
-    *arguments: str, env: Mapping[str, str], code: int | None = 0, timeout: float = 900
+    *arguments: str, env: Mapping[str, str], code: int | None = 0, timeout: float = 1700
 ) -> subprocess.CompletedProcess[str]:
     """Run the command to its end. Fails with all that it printed unless it ends with `code`."""
     done = subprocess.run(
