@@ -1,24 +1,27 @@
-"""Stand-ins for guests: one that runs real commands in a folder of this machine, one that answers from a script."""
+"""Stand-ins for guests: one that does real work in a folder of this machine, one that answers from a script."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import copy
+import json
 import os
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from lsmlab.bench import Bench
+from lsmlab.bench import Bench, Budget
+from lsmlab.channel.agent import command_result
 from lsmlab.channel.base import Channel, CommandResult
 from lsmlab.errors import ChannelError, CommandTimeoutError, MachineError
+from lsmlab.guest import agent
 from lsmlab.image.build import Image
 from lsmlab.lab import Lab
 from lsmlab.outcome import Environment
@@ -29,50 +32,45 @@ MARK = "LSMLAB_FAKE_GUEST"
 """In the environment of every process of a fake guest: whose it is."""
 
 
+HARMLESS = frozenset({"ping", "run", "write"})
+"""The agent's operations that a fake guest does. The others look at this machine as a whole, or change it: its clock,
+its memory."""
+
+
 class FakeChannel:
-    """A channel that runs commands on this machine, in `root`. Relative paths are below it; /bin is the machine's."""
+    """A channel to the agent's own functions, in this process: commands run on this machine, in `root`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.open = True
         self._mark = uuid.uuid4().hex
 
+    def ask(self, operation: str, *, within: float = 30, **arguments: Any) -> Any:
+        """See `Channel.ask`. Only what is `HARMLESS` is done."""
+        self._need_open()
+        if operation not in HARMLESS:
+            raise ChannelError(f"fake: {operation}: not done on this machine")
+        if operation == "run":  # in the folder, and marked
+            arguments["argv"] = ["env", "-C", str(self.root), "--", f"{MARK}={self._mark}", *arguments["argv"]]
+        try:
+            answer = agent.OPERATIONS[operation](**json.loads(json.dumps(arguments)))
+        except (agent.Refused, OSError, TypeError, ValueError, KeyError) as error:
+            raise ChannelError(f"fake: {operation}: {error}") from error
+        self._need_open()  # what was asked may have been ended with the guest
+        return json.loads(json.dumps(answer))
+
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float = 60) -> CommandResult:
         """See `Channel.run`."""
-        self._need_open()
-        start = time.monotonic()
-        try:
-            process = subprocess.Popen(
-                list(argv),
-                cwd=self.root,
-                env={**os.environ, MARK: self._mark},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
-        except OSError as error:
-            return CommandResult(tuple(argv), 127, None, b"", f"{argv[0]}: {error.strerror}".encode(), 0.0)
-        try:
-            out, err = process.communicate(stdin, timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            raise CommandTimeoutError(f"fake: {shlex.join(argv)[:200]}: not done after {timeout:.0f} s") from None
-        self._need_open()  # it was ended with the guest
-        code = process.returncode
-        seconds = time.monotonic() - start
-        return CommandResult(
-            tuple(argv), code if code >= 0 else None, -code if code < 0 else None, out, err, round(seconds, 3)
-        )
+        words = base64.b64encode(stdin).decode()
+        answer = self.ask("run", argv=list(argv), stdin=words, timeout=timeout)
+        result = command_result(answer, tuple(argv), "fake")
+        if answer["timed_out"]:
+            raise CommandTimeoutError(f"fake: {shlex.join(argv)[:200]}: not done after {timeout:.0f} s")
+        return result
 
-    def write_file(self, path: str, data: bytes) -> None:
+    def write_file(self, path: str, data: bytes, *, mode: int | None = None, owner: str | None = None) -> None:
         """See `Channel.write_file`."""
-        self._need_open()
-        try:
-            (self.root / path).write_bytes(data)
-        except OSError as error:
-            raise ChannelError(f"fake: {path}: {error.strerror}") from error
+        self.ask("write", path=path, data=base64.b64encode(data).decode(), mode=mode, owner=owner)
 
     def _need_open(self) -> None:
         if not self.open:
@@ -156,61 +154,94 @@ def said(out: str | bytes = b"", *, err: str = "", code: int = 0) -> CommandResu
     return CommandResult((), code, None, data, err.encode(), 0.01)
 
 
-def as_line(argv: Sequence[str]) -> str:
-    """A command as scripts match it: the program and its arguments, without the text of a shell script of ours."""
-    script = len(argv) > 3 and argv[0] in {"sh", "/bin/sh"} and argv[1] == "-c"
-    return " ".join(argv[3:] if script else argv)
-
-
 class ScriptedChannel:
-    """Answers with the first of `answers` whose pattern fits the command's line; an exception is raised.
+    """Answers commands with the first of `answers` whose pattern fits the line, and questions with what `asked` has for
+    the operation. An exception is raised; a function is called, with the words of the command or the arguments of the
+    question. A file that is written is a command `write PATH`, and needs no answer.
 
-    A command that nobody foresaw fails the test. `lines` keeps what was asked, `written` what was written.
+    What nobody foresaw fails the test. `lines` keeps all that was done in its order, `questions` what was asked,
+    `written` what was written, `rights` its mode and owner. Questions and answers come through JSON, as with a guest.
     """
 
-    def __init__(self, answers: Sequence[tuple[str, Answer]]) -> None:
+    def __init__(self, answers: Sequence[tuple[str, Answer]] = (), asked: Mapping[str, Any] | None = None) -> None:
         self._answers = list(answers)
+        self._asked = dict(asked or {})
         self.lines: list[str] = []
+        self.questions: list[tuple[str, dict[str, Any]]] = []
         self.written: dict[str, bytes] = {}
+        self.rights: dict[str, tuple[int | None, str | None]] = {}
 
-    def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float = 60) -> CommandResult:
-        """See `Channel.run`."""
-        line = as_line(argv)
+    def _answer(self, line: str, words: tuple[str, ...]) -> CommandResult | None:
         self.lines.append(line)
         for pattern, answer in self._answers:
             if re.match(pattern, line):
                 if isinstance(answer, Exception):
                     raise answer
-                found = answer(tuple(argv)) if callable(answer) else answer
-                return CommandResult(
-                    tuple(argv), found.exit_code, found.signal, found.stdout, found.stderr, found.seconds
-                )
-        raise AssertionError(f"nobody foresaw the command: {line}")
+                return answer(words) if callable(answer) else answer
+        return None
 
-    def write_file(self, path: str, data: bytes) -> None:
-        """See `Channel.write_file`."""
-        self.lines.append(f"write {path}")
+    def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float = 60) -> CommandResult:
+        """See `Channel.run`."""
+        words = tuple(argv)
+        found = self._answer(" ".join(argv), words)
+        if found is None:
+            raise AssertionError(f"nobody foresaw the command: {shlex.join(argv)}")
+        return CommandResult(words, found.exit_code, found.signal, found.stdout, found.stderr, found.seconds)
+
+    def write_file(self, path: str, data: bytes, *, mode: int | None = None, owner: str | None = None) -> None:
+        """See `Channel.write_file`. A function among the answers gets `write`, the path and the text."""
+        self._answer(f"write {path}", ("write", path, data.decode("utf-8", "replace")))
         self.written[path] = data
+        self.rights[path] = mode, owner
+
+    def ask(self, operation: str, *, within: float = 30, **arguments: Any) -> Any:
+        """See `Channel.ask`."""
+        arguments = json.loads(json.dumps(arguments))
+        self.lines.append(f"ask {operation}")
+        self.questions.append((operation, arguments))
+        if operation not in self._asked:
+            raise AssertionError(f"nobody foresaw the question: {operation} {arguments}")
+        answer = self._asked[operation]
+        if isinstance(answer, Exception):
+            raise answer
+        return json.loads(json.dumps(answer(**arguments) if callable(answer) else answer))
+
+    def asked_for(self, operation: str) -> list[dict[str, Any]]:
+        """The arguments of each question for `operation`."""
+        return [arguments for name, arguments in self.questions if name == operation]
 
 
 class ScriptedMachine:
-    """A machine around a scripted channel; `restored` counts."""
+    """A machine around a scripted channel, whose `lines` get its snapshots and restores as well.
 
-    def __init__(self, channel: Channel) -> None:
+    `state` is what its script remembers: a snapshot keeps a copy of it, and a restore puts that back.
+    """
+
+    def __init__(self, channel: ScriptedChannel, state: dict[str, Any] | None = None) -> None:
         self.channel = channel
         self.running = True
-        self.snapshots: list[str] = []
-        self.restored = 0
+        self._state = state if state is not None else {}
+        self._kept: dict[str, dict[str, Any]] = {}
+
+    @property
+    def turns(self) -> list[str]:
+        """Its snapshots and restores, in order."""
+        return [line for line in self.channel.lines if line.startswith(("snapshot ", "restore "))]
 
     def snapshot(self, name: str) -> None:
         """See `Machine.snapshot`."""
-        self.snapshots.append(name)
+        self._need_running()
+        self.channel.lines.append(f"snapshot {name}")
+        self._kept[name] = copy.deepcopy(self._state)
 
     def restore(self, name: str) -> None:
         """See `Machine.restore`."""
-        if name not in self.snapshots:
+        self._need_running()
+        self.channel.lines.append(f"restore {name}")
+        if name not in self._kept:
             raise MachineError(f"no snapshot {name!r}")
-        self.restored += 1
+        self._state.clear()
+        self._state.update(copy.deepcopy(self._kept[name]))
 
     def console_tail(self, lines: int = 15) -> str:
         """See `Machine.console_tail`."""
@@ -219,6 +250,10 @@ class ScriptedMachine:
     def stop(self) -> None:
         """See `Machine.stop`."""
         self.running = False
+
+    def _need_running(self) -> None:
+        if not self.running:
+            raise MachineError("scripted: QEMU ended")
 
 
 IMAGE = Image(
@@ -236,7 +271,8 @@ ENVIRONMENT = Environment(
 
 
 class FakeBench:
-    """A bench whose guests come from `make`. `started` lists them as (kernel, task); all end with their block.
+    """A bench whose guests come from `make`. `started` lists who asked for one, as (kernel, task); `made` counts those
+    that there were. All end with their block.
 
     `stop_all` stands for what Ctrl-C does to guests: it ends those that are there, and releases whoever waits for
     `stopped`.
@@ -247,12 +283,16 @@ class FakeBench:
         lab: Lab,
         make: Callable[[Kernel, str], ScriptedMachine | FakeMachine],
         progress: Progress | None = None,
+        *,
+        guests: int = 4,
     ) -> None:
         self.lab = lab
         self.image = IMAGE
+        self.budget = Budget(guests, "as the test says")
         self.environment = ENVIRONMENT
         self.progress = progress or Silent()
         self.started: list[tuple[Kernel, str]] = []
+        self.made = 0
         self.stopped = threading.Event()
         self._make = make
         self._alive: set[ScriptedMachine | FakeMachine] = set()
@@ -274,21 +314,26 @@ class FakeBench:
         self._closed.set()
 
     @contextlib.contextmanager
-    def guest(self, kernel: Kernel, task: str) -> Iterator[ScriptedMachine | FakeMachine]:
+    def guest(self, kernel: Kernel, task: str, *, kept_open: bool = False) -> Iterator[ScriptedMachine | FakeMachine]:
         """See `Bench.guest`."""
         with self._lock:
             self.started.append((kernel, task))
+        self._check_open()
         machine = self._make(kernel, task)
         with self._lock:
+            self.made += 1
             self._alive.add(machine)
         try:
-            if self._closed.is_set():
-                raise MachineError("no guest is started: the run was interrupted")
+            self._check_open()
             yield machine
         finally:
             machine.stop()
             with self._lock:
                 self._alive.discard(machine)
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise MachineError("no guest is started: the run was interrupted")
 
     def stop_all(self) -> None:
         """End all guests, as `qemu.stop_all` does."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import secrets
-from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 from lsmlab import evidence, facts
-from lsmlab.channel.base import Channel, CommandResult, run_script
+from lsmlab.channel.base import Channel
 from lsmlab.definition import Strict
-from lsmlab.errors import ChannelError, CommandTimeoutError
-from lsmlab.scenario import CANARY, Attempt, Canary, Effect
+from lsmlab.errors import ChannelError
+from lsmlab.scenario import CANARY, Attempt, Effect
 from lsmlab.terms import SourceState
 
 SENTINEL_SECONDS = 20
@@ -20,10 +23,6 @@ WINDOW_BYTES = 8 << 20
 KEPT_OUTPUT = 64 << 10
 """Characters of output that a record keeps; the judgement is made on all of it."""
 AUDIT_LOG = "audit log"
-CURL_TIMED_OUT = 28
-"""curl(1), EXIT CODES: operation timeout."""
-
-HTTP_STATUS = re.compile(r"http_code=(\d{3})\s*\Z")
 
 
 class Observation(Strict):
@@ -46,7 +45,8 @@ class Observation(Strict):
     seconds: float
     subject_before: facts.SubjectFacts
     subject_after: facts.SubjectFacts
-    object: facts.ObjectFacts
+    object: facts.ObjectFacts | None
+    """None: the object has no path."""
     mode_before: facts.ModeFacts
     mode_after: facts.ModeFacts
     source: facts.SourceReading
@@ -70,31 +70,96 @@ class Opened(Strict):
     """The facts before an attempt, and where its window in the audit log begins."""
 
     subject: facts.SubjectFacts
-    object: facts.ObjectFacts
+    object: facts.ObjectFacts | None
     mode: facts.ModeFacts
     audit: facts.AuditState
 
 
-def open_window(channel: Channel, unit: str, object_path: str) -> Opened:
-    """Read the facts that hold before an attempt. Changes nothing in the guest.
+class Opening(Opened):
+    """The agent's answer to `open_window`."""
+
+    resting: bool
+    drained: bool
+
+
+class Closed(Strict):
+    """The agent's answer to `close_window`: the log from the window's opening on, and the facts after it."""
+
+    log: str
+    sentinel_seen: bool
+    problem: str
+    subject: facts.SubjectFacts
+    mode: facts.ModeFacts
+    audit: facts.AuditState
+
+
+def _text(value: object) -> object:
+    return base64.b64decode(value, validate=True).decode("utf-8", "backslashreplace") if type(value) is str else value
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+"""Base64 in the agent's answer; bytes that are not UTF-8 become backslash escapes."""
+
+
+class Ended(Strict):
+    """How a command or a request ended, as the agent says it. `status` is an answer's HTTP status."""
+
+    exit_code: int | None = None
+    signal: int | None = None
+    status: int | None = None
+    out: Text
+    err: Text
+    timed_out: bool
+    too_much: bool
+    seconds: float = Field(ge=0, le=1e6, allow_inf_nan=False)
+
+    def check(self, what: str, *, command: bool) -> Ended:
+        """Itself, where it can be what it says. Raises ChannelError."""
+        if self.too_much:
+            raise ChannelError(f"{what}: more output than the agent carries")
+        ends = [end for end in (self.exit_code, self.signal) if end is not None]
+        if command and len(ends) != (0 if self.timed_out else 1):
+            raise ChannelError(
+                f"{what}: the agent answered nonsense: exit status {self.exit_code}, signal {self.signal}"
+            )
+        return self
+
+
+class Made(Strict):
+    """The agent's answer to `attempt`."""
+
+    planted: bool | None
+    effect_before: Ended | None
+    effect_after: Ended | None
+    result: Ended
+    closed: Closed
+
+
+def open_window(channel: Channel, unit: str, object_path: str | None) -> Opened:
+    """Let the service come to rest and the audit queue drain, and read the facts that hold before an attempt.
 
     A snapshot taken right after this is the state that the facts describe, so every attempt that starts from the
     snapshot may use them. Raises ChannelError where the guest does not answer or answers nonsense.
     """
-    nonce, sentinel = fresh_word(), f"lsmlab-{fresh_word()}"
-    arguments = (nonce, unit, object_path, sentinel, str(SENTINEL_SECONDS))
-    answer = run_script(channel, "window-open", *arguments, timeout=SENTINEL_SECONDS + 60)
-    sections = facts.Sections(answer.check().out, nonce)
-    if sections["drained"].strip() != "seen":
+    answer = channel.ask(
+        "open_window", within=SENTINEL_SECONDS + 60,
+        unit=unit, object=object_path, word=_sentinel(), seconds=SENTINEL_SECONDS,
+    )  # fmt: skip
+    opening = facts.read(Opening, answer)
+    if (opening.object is None) != (object_path is None):
+        raise ChannelError(f"the agent answered nonsense: what it found of {object_path} is {opening.object}")
+    if not opening.drained:
         raise ChannelError("the guest's audit queue does not come through to its log: auditd is stopped, or floods")
-    if sections["rest"].strip() != "steady":
+    if not opening.resting:
         raise ChannelError(f"the processes of {unit} do not come to rest")
-    return Opened(
-        subject=facts.subject_facts(sections),
-        object=facts.object_facts(sections, object_path),
-        mode=facts.mode_facts(sections),
-        audit=facts.audit_state(sections),
-    )
+    return Opened(**{name: getattr(opening, name) for name in Opened.model_fields})
+
+
+def close_window(channel: Channel, unit: str, opened: facts.AuditState) -> tuple[facts.SourceReading, str]:
+    """Send a sentinel through the audit queue, and read the log from the window's opening up to it."""
+    sentinel = _sentinel()
+    answer = channel.ask("close_window", within=SENTINEL_SECONDS + 60, **_closing(unit, opened, sentinel))
+    return read_window(facts.read(Closed, answer), opened, sentinel)
 
 
 def make(channel: Channel, spec: Attempt, unit: str, opened: Opened) -> Observation:
@@ -102,146 +167,138 @@ def make(channel: Channel, spec: Attempt, unit: str, opened: Opened) -> Observat
 
     Raises ChannelError where the guest does not answer or answers nonsense.
     """
-    word = fresh_word()
-    planted = _plant(channel, spec.canary, word)
-    effect_before = _effect(channel, spec.allowed_if.effect)
-    auid = 0x40000000 | secrets.randbits(29) if spec.run else None
-    argv, result = _act(channel, spec, opened.subject, auid)
-    effect_after = _effect(channel, spec.allowed_if.effect)
-    after, sentinel = close_window(channel, unit, opened.audit.size)
-    source, log = read_window(after, opened.audit, sentinel)
-    status = HTTP_STATUS.search(result.err) if spec.http and result else None
+    word, sentinel = fresh_word(), _sentinel()
+    auid = fresh_auid() if spec.run else None
+    effect = spec.allowed_if.effect
+    closing = _closing(unit, opened.audit, sentinel) | {"known": opened.subject.service.model_dump()}
+    answer = channel.ask(
+        "attempt",
+        within=spec.timeout + SENTINEL_SECONDS + 120,
+        canary=_canary(spec, word),
+        effect=list(effect.run) if effect else None,
+        **_action(spec, opened.subject, auid),
+        close=closing,
+    )
+    made = facts.read(Made, answer)
+    made.result.check(spec.id, command=spec.run is not None)
+    if (made.planted is None) != (spec.canary is None):
+        raise ChannelError(f"{spec.id}: the agent does not say whether it planted the canary")
+    source, log = read_window(made.closed, opened.audit, sentinel)
     return Observation(
         attempt=spec.id,
-        command=argv,
-        exit_code=result.exit_code if result else None,
-        signal=result.signal if result else None,
-        timed_out=result is None or (spec.http is not None and result.exit_code == CURL_TIMED_OUT),
-        output=result.out if result else "",
-        errors=result.err if result else "",
-        http_status=int(status[1]) if status and status[1] != "000" else None,
+        command=spec.run or ("GET" if spec.http is None else spec.http.method, url_of(spec)),
+        exit_code=made.result.exit_code,
+        signal=made.result.signal,
+        timed_out=made.result.timed_out,
+        output=made.result.out,
+        errors=made.result.err,
+        http_status=made.result.status,
         canary=word,
-        canary_planted=planted,
-        effect_before=effect_before,
-        effect_after=effect_after,
-        seconds=round(result.seconds, 3) if result else float(spec.timeout),
+        canary_planted=made.planted,
+        effect_before=_shows(effect, made.effect_before),
+        effect_after=_shows(effect, made.effect_after),
+        seconds=round(made.result.seconds, 3),
         subject_before=opened.subject,
-        subject_after=facts.subject_facts(after),
+        subject_after=made.closed.subject,
         object=opened.object,
         mode_before=opened.mode,
-        mode_after=facts.mode_facts(after),
+        mode_after=made.closed.mode,
         source=source,
         log=log,
         auid=auid,
     )
 
 
-def close_window(channel: Channel, unit: str, offset: int) -> tuple[facts.Sections, str]:
-    """Send a sentinel through the audit queue and read the log from byte `offset` on, with the facts after it.
-
-    Returns the sections and the sentinel. Raises ChannelError.
-    """
-    nonce, sentinel = fresh_word(), f"lsmlab-{fresh_word()}"
-    arguments = (nonce, unit, str(offset), sentinel, str(SENTINEL_SECONDS), str(WINDOW_BYTES))
-    answer = run_script(channel, "window-close", *arguments, timeout=SENTINEL_SECONDS + 60)
-    return facts.Sections(answer.check().out, nonce), sentinel
-
-
-def _plant(channel: Channel, canary: Canary | None, word: str) -> bool | None:
-    """Append the canary's line in place, where the file is there; the file keeps its inode, mode and label."""
+def plant(channel: Channel, spec: Attempt) -> str:
+    """Plant the attempt's canary, where it has one, and no more; the line."""
+    canary = _canary(spec, fresh_word())
     if canary is None:
-        return None
-    line = canary.line.replace(CANARY, word)
-    return channel.run(["sh", "-c", '[ -f "$1" ] && printf "%s\\n" "$2" >> "$1"', "plant", canary.file, line]).ok
+        return ""
+    if channel.ask("plant", file=canary["file"], line=canary["line"]) is not True:
+        raise ChannelError(f"the canary could not be planted in {canary['file']}")
+    return canary["line"]
 
 
-def _effect(channel: Channel, effect: Effect | None) -> bool | None:
-    if effect is None:
-        return None
-    return re.search(effect.output, channel.run(effect.run).out) is not None
+def _canary(spec: Attempt, word: str) -> dict[str, str] | None:
+    return {"file": spec.canary.file, "line": spec.canary.line.replace(CANARY, word)} if spec.canary else None
 
 
-def _act(
-    channel: Channel, spec: Attempt, subject: facts.SubjectFacts, auid: int | None
-) -> tuple[tuple[str, ...], CommandResult | None]:
-    """The operation itself. A result of None: it did not end in time."""
+def fresh_auid() -> int:
+    """A random audit user id, far from those of people."""
+    return 0x40000000 | secrets.randbits(29)
+
+
+def _sentinel() -> str:
+    return f"lsmlab-{fresh_word()}"
+
+
+def _closing(unit: str, opened: facts.AuditState, sentinel: str) -> dict[str, Any]:
+    return {
+        "unit": unit, "offset": opened.size, "word": sentinel, "seconds": SENTINEL_SECONDS, "most": WINDOW_BYTES,
+    }  # fmt: skip
+
+
+def _action(spec: Attempt, subject: facts.SubjectFacts, auid: int | None) -> dict[str, Any]:
+    """The operation itself, as the agent takes it. Raises ChannelError."""
     if spec.http is not None:
-        argv = curl_command(spec)
-        allowance = spec.timeout + 30  # curl keeps the limit itself; this one is for a guest that hangs
-    else:
-        assert spec.run is not None
-        assert auid is not None
-        argv, allowance = spec.run, spec.timeout
-    try:
-        if spec.http is not None:
-            return argv, channel.run(argv, timeout=allowance)
-        return argv, run_as(channel, argv, subject, auid or 0, allowance)
-    except CommandTimeoutError:
-        return argv, None
+        return {
+            "request": {
+                "method": spec.http.method, "port": spec.http.port, "path": spec.http.path, "timeout": spec.timeout,
+                **({} if spec.http.body is None else {"body": spec.http.body}),
+            }
+        }  # fmt: skip
+    assert auid is not None
+    return {"command": command_as(spec, subject, auid)}
 
 
-def curl_command(spec: Attempt) -> tuple[str, ...]:
-    """The visitor's request, its path sent as it is written."""
-    assert spec.http is not None
-    request = spec.http
-    return (
-        "curl", "--silent", "--show-error", "--globoff", "--path-as-is", "--max-time", str(spec.timeout),
-        "--request", request.method, "--write-out", "%{stderr}http_code=%{http_code}", f"http://127.0.0.1:{request.port}{request.path}",
-    )  # fmt: skip
-
-
-def run_as(
-    channel: Channel, argv: Sequence[str], subject: facts.SubjectFacts, auid: int, timeout: float
-) -> CommandResult:
-    """Run `argv` as the service: the ids, groups, capabilities of its worker, and its domain or profile.
-
-    Raises ChannelError where the service has no process to take them from.
-    """
+def command_as(spec: Attempt, subject: facts.SubjectFacts, auid: int) -> dict[str, Any]:
+    """The arguments of the agent's `run_as`. Raises ChannelError where there is no process to act as."""
+    assert spec.run is not None
     if not subject.workers:
         raise ChannelError("the service has no process whose rights a command could be given")
     worker = subject.workers[0]
     main = next((p for p in subject.processes if p.main), worker)
-    caps = capability_list(worker.cap_bounding)
-    groups = ",".join(str(g) for g in worker.groups) or "-"
-    arguments = (
-        str(auid),
-        str(worker.uids[1]),
-        str(worker.gids[1]),
-        groups,
-        caps,
-        str(int(worker.no_new_privs)),
-        main.exe,
-    )
-    return run_script(channel, "run-as", *arguments, *argv, timeout=timeout)
+    who = {
+        "auid": auid, "uid": worker.uids[1], "gid": worker.gids[1], "groups": list(worker.groups),
+        "cap_bounding": worker.cap_bounding, "no_new_privs": worker.no_new_privs, "exe": main.exe,
+    }  # fmt: skip
+    return {"argv": list(spec.run), "who": who, "timeout": spec.timeout}
 
 
-def capability_list(mask: int) -> str:
-    """setpriv's notation of a capability set: drop all, then add the numbered ones that `mask` holds."""
-    return ",".join(["-all", *(f"+cap_{n}" for n in range(mask.bit_length()) if mask >> n & 1)])
+def url_of(spec: Attempt) -> str:
+    """The address that an http attempt asks for, its path as it is sent; empty for others."""
+    return f"http://127.0.0.1:{spec.http.port}{spec.http.path}" if spec.http is not None else ""
 
 
-def read_window(sections: facts.Sections, opened: facts.AuditState, sentinel: str) -> tuple[facts.SourceReading, str]:
+def _shows(effect: Effect | None, seen: Ended | None) -> bool | None:
+    """Whether the effect was there. Raises ChannelError where its command did not come to an end of its own."""
+    if effect is None:
+        return None
+    what = f"the effect's command, {effect.run[0]}"
+    if seen is None or seen.timed_out:
+        raise ChannelError(f"{what}: not done in time")
+    return re.search(effect.output, seen.check(what, command=True).out) is not None
+
+
+def read_window(closed: Closed, opened: facts.AuditState, sentinel: str) -> tuple[facts.SourceReading, str]:
     """The audit log between the window's opening and its sentinel, and how it was read. Never guesses: a rotated,
     truncated or flooded log, a daemon that is gone or changed, a lost record or a missing sentinel is unavailable."""
-    problem = ""
-    log = sections["window"]
-    try:
-        closed = facts.audit_state(sections)
-    except ChannelError as error:
-        return _reading(SourceState.UNAVAILABLE, error.message), ""
+    problem, now, log = closed.problem, closed.audit, closed.log
     before_sentinel, found, _ = log.partition(sentinel)
-    if not opened.enabled or not closed.enabled:
+    if problem:
+        pass
+    elif not opened.enabled or not now.enabled:
         problem = "auditing is off (auditctl: enabled 0)"
-    elif not opened.daemon_pid or opened.daemon_pid != closed.daemon_pid:
-        problem = f"auditd stopped or changed: pid {opened.daemon_pid} before, {closed.daemon_pid} after"
-    elif opened.log != closed.log:
+    elif not opened.daemon_pid or opened.daemon_pid != now.daemon_pid:
+        problem = f"auditd stopped or changed: pid {opened.daemon_pid} before, {now.daemon_pid} after"
+    elif opened.log != now.log:
         problem = "the log was rotated inside the window"
-    elif closed.size < opened.size:
+    elif now.size < opened.size:
         problem = "the log was truncated inside the window"
-    elif closed.lost != opened.lost:
-        problem = f"{closed.lost - opened.lost} records were lost by the kernel"
+    elif now.lost != opened.lost:
+        problem = f"{now.lost - opened.lost} records were lost by the kernel"
     elif not found:
-        problem = f"the sentinel did not come through the audit queue: {sections['sentinel'].strip()[:200]}"
+        problem = "the sentinel did not come through the audit queue"
     if problem:
         return _reading(SourceState.UNAVAILABLE, problem), log
     lines = before_sentinel.rpartition("\n")[0]  # the sentinel's own record is not the attempt's

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import functools
 import os
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lsmlab import __version__, cache, host
+from lsmlab import __version__, cache, host, inventory, paths
 from lsmlab.definition import digest_of
 from lsmlab.errors import HostError, MachineError
 from lsmlab.image import build
 from lsmlab.image.build import Image
 from lsmlab.lab import Lab
-from lsmlab.machine import accel, states
+from lsmlab.machine import accel, qemu, states
 from lsmlab.machine.accel import Acceleration
 from lsmlab.machine.qemu import QEMU, Hardware, QemuMachine
 from lsmlab.machine.states import SavedState
@@ -27,6 +30,8 @@ OVERHEAD_MIB = 160
 """What a QEMU process takes besides its guest's memory."""
 RESERVE_MIB = 512
 """Left to the host."""
+PLACE_SECONDS = 0.02
+"""Between two looks for a free place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +43,23 @@ class Budget:
 
 
 def guest_budget(memory_mib: int, wanted: int | None = None) -> Budget:
-    """As many guests as processors and memory allow, or `wanted`. Raises HostError where not even one fits."""
+    """As many guests as processors and memory allow, or `wanted`. Raises HostError where not even one fits.
+
+    One more than there are processors: a guest that waits for its disk or for us leaves its processor to another.
+    """
     processors = len(os.sched_getaffinity(0))
     available = _available_mib()
     fitting = (available - RESERVE_MIB) // (memory_mib + OVERHEAD_MIB)
     if wanted is not None:
-        return Budget(wanted, "as asked for")
+        few = f"; {available} MiB of memory are enough for {max(fitting, 0)}" if fitting < wanted else ""
+        return Budget(wanted, f"as asked for{few}")
     if fitting < 1:
         raise HostError(
             f"{available} MiB of memory are available; a guest takes {memory_mib + OVERHEAD_MIB} MiB, and "
             f"{RESERVE_MIB} MiB stay with this machine",
             hint="Free some memory, or say `--guests 1` to try all the same.",
         )
-    return Budget(min(processors, fitting), f"{processors} processors, {available} MiB available")
+    return Budget(min(processors + 1, fitting), f"{processors} processors, {available} MiB of memory available")
 
 
 def _available_mib() -> int:
@@ -63,12 +72,23 @@ def _available_mib() -> int:
 class Bench:
     """One lab, ready. Guests start from saved states, which are made on first use, each once."""
 
-    def __init__(self, lab: Lab, progress: Progress, scratch: Path, *, accelerator: str = "auto") -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        progress: Progress,
+        scratch: Path,
+        *,
+        uses: contextlib.ExitStack,
+        limit: inventory.Limit,
+        budget: Budget,
+        accelerator: str = "auto",
+    ) -> None:
         for program in (QEMU, "qemu-img", "setpriv"):
             host.need(program)  # now, and not after minutes of building an image
         self.lab = lab
         self.progress = progress
-        self.image: Image = build.ensure(lab, progress)
+        self.image: Image = build.ensure(lab, progress, uses=uses)
+        limit.keep()
         progress.step("accelerator", "proving the accelerator with the lab's kernel")
         self.acceleration: Acceleration = accel.choose(self.image.kernel, accelerator)
         progress.done("accelerator")
@@ -76,7 +96,12 @@ class Bench:
         self._scratch = scratch
         self._locks = {kernel: threading.Lock() for kernel in Kernel}
         self._states: dict[Kernel, SavedState] = {}
+        self._loaded: set[Kernel] = set()
+        self._renewed: set[Kernel] = set()
+        self._limit = limit
+        self._uses = {kernel: uses.enter_context(contextlib.ExitStack()) for kernel in Kernel}
         self._closed = threading.Event()
+        self.budget = budget
 
     def close(self) -> None:
         """Let no further guest start, boots included: the program was asked to stop."""
@@ -111,25 +136,127 @@ class Bench:
             self._check_open()
             if kernel not in self._states:
                 self.progress.step(task, f"looking for a booted guest (kernel: {kernel})")
-                self._states[kernel] = states.ensure(self.lab, self.image, kernel, self.hardware, self.progress, task)
+                self._states[kernel] = states.ensure(
+                    self.lab,
+                    self.image,
+                    kernel,
+                    self.hardware,
+                    self.progress,
+                    task,
+                    uses=self._uses[kernel],
+                    check=self._check_open,
+                )
+                self._limit.keep()
             return self._states[kernel]
 
-    @contextlib.contextmanager
-    def guest(self, kernel: Kernel, task: str) -> Iterator[QemuMachine]:
-        """A guest of one boot, stopped at the end of the block."""
+    def _start(self, kernel: Kernel, task: str, place: contextlib.ExitStack | None) -> QemuMachine:
+        """A guest from the saved state. One that QEMU refuses is said and booted anew, once. Raises MachineError."""
         state = self.state(kernel, task)
-        self.progress.step(task, "starting the guest")
-        machine = state.start(task.replace(" ", "-").replace("/", "-")[:60], self._scratch)
         try:
+            machine = self._start_from(state, task, place)
+        except MachineError as error:
+            if place is not None:
+                place.close()  # who waits for a state holds no place
+            self._give_up(kernel, state, error)
+            machine = self._start_from(self.state(kernel, task), task, place)
+        self._loaded.add(kernel)
+        return machine
+
+    def _start_from(self, state: SavedState, task: str, place: contextlib.ExitStack | None) -> QemuMachine:
+        if place is not None:
+            place.enter_context(self._place(task))
+        self.progress.step(task, "starting the guest")
+        return state.start(task.replace(" ", "-").replace("/", "-")[:60], self._scratch)
+
+    @contextlib.contextmanager
+    def _place(self, task: str) -> Iterator[None]:
+        """One of the places for guests on this machine, which all runs of this user share; waits for one.
+
+        One at a time waits for a place, the others for their turn: who has just left a place is behind them.
+        """
+
+        @functools.cache  # said once
+        def waiting() -> None:
+            self.progress.step(task, "waiting for other guests to end")
+
+        with contextlib.ExitStack() as place:
+            turn = paths.cache() / "locks" / "guest-turn"
+            with cache.lock(turn, waiting=waiting, check=self._check_open):
+                while not _take_place(self.budget.guests, place):
+                    waiting()
+                    self._check_open()
+                    time.sleep(PLACE_SECONDS)
+            yield
+
+    def _give_up(self, kernel: Kernel, state: SavedState, error: MachineError) -> None:
+        """Have nobody start from `state` again. Raises `error` where the state is not to blame, or was made anew."""
+        with self._locks[kernel]:
+            self._check_open()
+            if self._states.get(kernel) is not state:
+                return  # another arm was here first
+            if kernel in self._loaded or kernel in self._renewed:
+                raise error
+            why = error.message.partition("\n")[0]
+            self.progress.note(f"The saved state of {self.lab.id} ({kernel}) does not start ({why}): booting it anew.")
+            self._renewed.add(kernel)
+            del self._states[kernel]
+            self._uses[kernel].close()
+            states.discard(state.folder, self.progress)
+
+    @contextlib.contextmanager
+    def guest(self, kernel: Kernel, task: str, *, kept_open: bool = False) -> Iterator[QemuMachine]:
+        """A guest of one boot, stopped at the end of the block.
+
+        `kept_open`: by a person or a test session; it takes none of the places that experiments wait for.
+        """
+        with contextlib.ExitStack() as place:
+            machine = self._start(kernel, task, None if kept_open else place)
+            place.callback(machine.stop)
             self._check_open()  # it may have been asked to stop between its start and now
             yield machine
-        finally:
-            machine.stop()
+
+
+def _take_place(number: int, held: contextlib.ExitStack) -> bool:
+    """Have `held` hold one of the first `number` places, where one is free."""
+    for place in range(number):
+        with contextlib.ExitStack() as trial:
+            if trial.enter_context(cache.lock(paths.cache() / "locks" / f"guest-{place}", wait=False)):
+                held.push(trial.pop_all())
+                return True
+    return False
 
 
 @contextlib.contextmanager
-def open_bench(lab: Lab, progress: Progress, *, accelerator: str = "auto") -> Iterator[Bench]:
-    """A bench, and its scratch folder for as long as the block lasts. Leftovers of killed runs are swept first."""
+def guest_pool(bench: Bench, name: str) -> Iterator[concurrent.futures.ThreadPoolExecutor]:
+    """Threads called `name`, as many as `bench` may have guests at once.
+
+    Where the block is left by an exception, an interruption too, no further guest starts, and guests and programs of
+    the host that run are ended. Either way the threads have ended when the block has.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(bench.budget.guests, thread_name_prefix=name)
+    try:
+        yield pool
+    except BaseException:
+        bench.close()  # first: who waits for a guest then starts none
+        pool.shutdown(wait=False, cancel_futures=True)
+        qemu.stop_all()
+        host.stop_all()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def open_bench(
+    lab: Lab, progress: Progress, *, accelerator: str = "auto", guests: int | None = None
+) -> Iterator[Bench]:
+    """A bench, its scratch folder, and its hold on what it uses of the cache, for as long as the block lasts.
+
+    `guests`: how many may run at once, where it is not left to processors and memory. Leftovers of killed runs are
+    swept first.
+    """
+    budget = guest_budget(lab.memory_mib, guests)
+    limit = inventory.Limit(progress)
     cache.sweep()
-    with cache.in_use(), cache.scratch("run") as folder:
-        yield Bench(lab, progress, folder, accelerator=accelerator)
+    with contextlib.ExitStack() as uses, cache.scratch("run") as folder:
+        yield Bench(lab, progress, folder, uses=uses, limit=limit, budget=budget, accelerator=accelerator)

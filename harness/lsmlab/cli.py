@@ -17,20 +17,41 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from lsmlab import __version__, cache, discovery, doctor, inventory, run, shell, trial
+from lsmlab import (
+    __version__,
+    cache,
+    catalogue,
+    check,
+    discovery,
+    doctor,
+    inventory,
+    run,
+    schema,
+    selection,
+    shell,
+    skeleton,
+    trial,
+)
+from lsmlab import falsify as falsification
 from lsmlab.bench import open_bench
+from lsmlab.channel.base import CommandResult
 from lsmlab.errors import DefinitionError, LsmlabError
 from lsmlab.image import build
+from lsmlab.lab import Lab
 from lsmlab.machine import qemu
 from lsmlab.outcome import Outcome, Report
 from lsmlab.progress import Progress, Silent
-from lsmlab.report import tables, text, trials
+from lsmlab.report import checks, comparison, pages, tables, text, trials
 from lsmlab.report.progress import LiveProgress
 from lsmlab.store import Store
-from lsmlab.terms import Arm, Framework, Verdict
+from lsmlab.terminal import clean, clean_json
+from lsmlab.terms import ENFORCING_ARM, Arm, Framework, Verdict
 
 AS_EXPECTED, NOT_AS_EXPECTED, INTERRUPTED, ERROR, USAGE, NOTHING = range(6)
 """Exit codes, pytest's. Mixed results: a proved mismatch (1) outranks an error (3)."""
+
+STRAYS = 5
+"""How many of the scenarios that are not here are named."""
 
 EPILOG = (
     "Exit codes are pytest's: 0 all as expected, 1 not as expected, 2 interrupted, 3 error, 4 wrong usage, "
@@ -49,6 +70,8 @@ app = typer.Typer(
 )
 images_app = typer.Typer(help="Built images and saved guests: list, build, prune.", rich_markup_mode="markdown")
 app.add_typer(images_app, name="images")
+new_app = typer.Typer(help="Make something new to work on.", rich_markup_mode="markdown", no_args_is_help=True)
+app.add_typer(new_app, name="new")
 
 _ClickException: Any = typer.BadParameter.__mro__[2]
 """click's ClickException, from wherever this typer takes its click."""
@@ -66,12 +89,33 @@ def _service_names(incomplete: str) -> list[str]:
     return _complete(incomplete, lambda: sorted(discovery.load_lab().services))
 
 
+def _values(kind: str) -> Any:
+    """Completion for what scenarios have of one kind: tags, techniques, services and so on."""
+
+    def known(incomplete: str) -> list[str]:
+        return _complete(
+            incomplete, lambda: selection.values(discovery.load_scenarios(discovery.scenarios().ids))[kind]
+        )
+
+    return known
+
+
+def _schema_kinds(incomplete: str) -> list[str]:
+    return _complete(incomplete, lambda: list(schema.MODELS))
+
+
 def _complete(incomplete: str, names: Any) -> list[str]:
     with contextlib.suppress(LsmlabError):
         return [n for n in names() if n.startswith(incomplete)]
     return []
 
 
+ScenariosArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SCENARIO|PATH]...", help="Scenarios, by name, folder or file.", autocompletion=_scenario_names
+    ),
+]
 LabOption = Annotated[
     str, typer.Option("--lab", "-l", help="The kind of machine; see `lsmlab labs`.", autocompletion=_lab_names)
 ]
@@ -110,7 +154,7 @@ def _write_json(content: str, target: Path | None) -> None:
     if target is None:
         return
     if str(target) == "-":
-        sys.stdout.write(content)
+        sys.stdout.write(clean_json(content))
         return
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -144,12 +188,7 @@ def _known(what: str, name: str, known: list[str]) -> str:
 
 @app.command("run", epilog=EPILOG)
 def run_command(
-    scenarios: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SCENARIO|PATH]...", help="Scenarios, by name, folder or file.", autocompletion=_scenario_names
-        ),
-    ] = None,
+    scenarios: ScenariosArgument = None,
     lab: LabOption = discovery.DEFAULT_LAB,
     framework: Annotated[
         list[str] | None, typer.Option("--framework", "-f", help="selinux or apparmor; may be given twice.")
@@ -157,6 +196,9 @@ def run_command(
     json_file: JsonOption = None,
     accel: AccelOption = "auto",
     guests: GuestsOption = None,
+    falsify: Annotated[
+        bool, typer.Option("--falsify", help="See whether each CONTAINED could have come out otherwise.")
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Run scenarios and say what DAC permits and MAC blocks.
@@ -171,6 +213,8 @@ def run_command(
         lsmlab run --lab debian-12 --framework selinux --json out.json
 
         lsmlab run path/to/my-scenario
+
+        lsmlab run nginx-reads-shadow --falsify
     """
     _json_target(json_file)
     _accelerator(accel)
@@ -183,14 +227,20 @@ def run_command(
     store = Store()
     store.count()  # a store that cannot be used is said now, not after the run
     try:
-        with _progress(quiet) as progress, open_bench(machine, progress, accelerator=_accelerator(accel)) as bench:
-            progress.note(f"Lab {machine.id}, {bench.acceleration.sentence()}")
-            for outcome in run.run(bench, wanted, guests=guests):
-                outcomes.append(outcome)  # first: where the store is full, --json still has it
-                number = store.add(outcome)
+        with _progress(quiet) as progress:
+            for outcome in _outcomes(
+                machine, wanted, progress, accelerator=_accelerator(accel), guests=guests, falsify=falsify
+            ):
+                if outcome.falsification is not None:
+                    outcomes[[o.id for o in outcomes].index(outcome.id)] = outcome
+                    store.update(outcome)
+                    shown = text.falsification_summary(outcome)
+                else:
+                    outcomes.append(outcome)  # first: where the store is full, --json still has it
+                    shown = text.outcome_summary(outcome, store.add(outcome))
                 if str(json_file) != "-":
                     with progress.paused():
-                        console.print(text.outcome_summary(outcome, number))
+                        console.print(shown)
     finally:
         if outcomes:
             _write_json(Report(outcomes=tuple(outcomes)).to_json(), json_file)
@@ -199,36 +249,220 @@ def run_command(
     raise typer.Exit(exit_code(outcomes))
 
 
+def _outcomes(
+    lab: Lab, wanted: Sequence[run.Case], progress: Progress, *, accelerator: str, guests: int | None, falsify: bool
+) -> Iterator[Outcome]:
+    """The outcome of each case, on the lab's image, or on one with the packages that it needs besides.
+
+    With `falsify`, those that are CONTAINED come once more, with their falsification.
+    """
+    for machine, cases in run.by_image(lab, wanted):
+        with open_bench(machine, progress, accelerator=accelerator, guests=guests) as bench:
+            more = ", ".join(p for p in machine.image.packages if p not in lab.image.packages)
+            progress.note(f"Lab {lab.id}{more and f' with {more}'}, {bench.acceleration.sentence()}")
+            progress.note(f"Guests at once: {bench.budget.guests} ({bench.budget.reason})")
+            contained = []
+            for case, outcome in zip(cases, run.run(bench, cases), strict=True):
+                yield outcome
+                if outcome.verdict is Verdict.CONTAINED:
+                    contained.append((case, outcome))
+            if falsify:
+                yield from falsification.run(bench, contained)
+
+
 def exit_code(outcomes: Sequence[Outcome]) -> int:
     """The exit code of mixed results: a proved mismatch goes before an error, and that before success."""
     if not outcomes:
         return NOTHING
     wrong = [o for o in outcomes if not o.as_expected]
-    if any(o.verdict is not Verdict.ERROR for o in wrong):
+    tried = [o.falsification for o in outcomes if o.falsification is not None]
+    idle = any(not f.falsifiable and f.verdict is not Verdict.ERROR for f in tried)
+    if idle or any(o.verdict is not Verdict.ERROR for o in wrong):
         return NOT_AS_EXPECTED
-    return ERROR if wrong else AS_EXPECTED
+    return ERROR if wrong or any(f.verdict is Verdict.ERROR for f in tried) else AS_EXPECTED
 
 
-@app.command("scenarios")
-def scenarios_command(json_file: JsonOption = None) -> None:
-    """List the scenarios: lsmlab's own and those below ./scenarios."""
+@app.command("scenarios", epilog=EPILOG)
+def scenarios_command(
+    framework: Annotated[
+        list[str] | None,
+        typer.Option("--framework", "-f", help="Which expect something of it.", autocompletion=_values("framework")),
+    ] = None,
+    technique: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--technique", help="ATT&CK technique; T1003 takes T1003.008 too.", autocompletion=_values("technique")
+        ),
+    ] = None,
+    service: Annotated[
+        list[str] | None,
+        typer.Option("--service", help="In which this service acts.", autocompletion=_values("service")),
+    ] = None,
+    difficulty: Annotated[
+        list[str] | None,
+        typer.Option("--difficulty", help="beginner, intermediate or advanced.", autocompletion=_values("difficulty")),
+    ] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option("--tag", "-t", help="With this tag.", autocompletion=_values("tag"))
+    ] = None,
+    verdict: Annotated[
+        list[str] | None,
+        typer.Option("--verdict", help="Of which this is expected.", autocompletion=_values("verdict")),
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """List the scenarios: lsmlab's own and those below ./scenarios.
+
+    Options narrow the list: of each kind that is given, one has to fit. With --framework, --verdict is about that one.
+
+    Examples:
+
+        lsmlab scenarios --tag web --difficulty beginner
+
+        lsmlab scenarios --framework apparmor --verdict NOT_CONTAINED
+
+        lsmlab scenarios --technique T1003 --technique T1552 --json -
+    """
     _json_target(json_file)
-    found = [discovery.load_scenarios([name])[0] for name in discovery.scenarios().ids]
+    there = discovery.load_scenarios(discovery.scenarios().ids)
+    wanted = selection.read(
+        there, framework=framework, technique=technique, service=service, difficulty=difficulty, tag=tag,
+        verdict=verdict,
+    )  # fmt: skip
+    found = [s for s in there if wanted.takes(s)]
     if json_file is not None:
         rows = [
             {
                 "id": s.id, "title": s.title, "story": s.story.strip(), "technique": s.technique, "tags": list(s.tags),
-                "service": s.subject.service, "expected": {f: e.verdict for f, e in s.expected.items()},
+                "service": s.subject.name, "difficulty": s.difficulty,
+                "expected": {f: e.verdict for f, e in s.expected.items()},
+                "labs": {f: {n: o.verdict for n, o in e.labs.items()} for f, e in s.expected.items() if e.labs},
             }
             for s in found
         ]  # fmt: skip
         _write_json(json.dumps({"schema": 1, "scenarios": rows}, indent=1) + "\n", json_file)
-        return
-    table = [
-        (s.id, s.technique, *(s.expected[f].verdict if f in s.expected else "-" for f in Framework), s.title)
-        for s in found
-    ]
-    print(tables.plain(("scenario", "technique", "SELinux", "AppArmor", "what happens"), table))
+    elif found:
+        table = [
+            (
+                s.id, s.difficulty, s.subject.name, s.technique,
+                *(selection.verdict_words(s, f) for f in Framework), s.title,
+            )
+            for s in found
+        ]  # fmt: skip
+        heads = ("scenario", "difficulty", "service", "technique", *(f.display for f in Framework), "what happens")
+        print(tables.plain(heads, table))
+    if not found:
+        _say(f"no scenario fits: there are {len(there)}, and none meets all of these conditions")
+        raise typer.Exit(NOTHING)
+
+
+@new_app.command("scenario", epilog=EPILOG)
+def new_scenario_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its id, and the name of its folder.")],
+    at: Annotated[
+        Path | None, typer.Option("--at", metavar="FOLDER", help="Make it below this folder, not below ./scenarios.")
+    ] = None,
+) -> None:
+    """Make a scenario that runs as it is, with a comment for each key.
+
+    Nothing is overwritten.
+
+    Examples:
+
+        lsmlab new scenario nginx-reads-my-key
+
+        lsmlab new scenario nginx-reads-my-key --at tests/policy
+    """
+    folder = skeleton.create(name, at)
+    check_it, run_it = skeleton.next_steps(folder, name)
+    print(f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    print(f"It works as it is. Next:\n  {check_it}\n  {run_it}")
+
+
+@app.command("check", epilog=EPILOG)
+def check_command(
+    scenarios: ScenariosArgument = None,
+    lab: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lab", "-l", help="Whose tools compile the policies; may be given again.", autocompletion=_lab_names
+        ),
+    ] = None,
+    compiling: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile SELinux modules and AppArmor profiles.")
+    ] = True,
+    json_file: JsonOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Find what is wrong with scenarios, labs and policies, without booting a guest.
+
+    Nothing named: every scenario below ./scenarios, or lsmlab's own where there are none. Labs are checked each time.
+    Policies are compiled with the tools of the lab's image. 4: there are faults; 3: none was found, and something could
+    not be compiled, for instance since the image is not built; 0: everything is in order.
+
+    Examples:
+
+        lsmlab check
+
+        lsmlab check nginx-reads-shadow --lab debian-13 --lab debian-12
+
+        lsmlab check path/to/my-scenario --no-compile
+    """
+    _json_target(json_file)
+    with _progress(quiet) as progress:
+        found = check.check(scenarios or (), lab or [discovery.DEFAULT_LAB], progress, compiling=compiling)
+    if json_file is not None:
+        _write_json(json.dumps(found.as_json(), indent=1) + "\n", json_file)
+    if str(json_file) != "-":
+        print(checks.findings_text(found))
+    raise typer.Exit(USAGE if found.faulty else ERROR if found.incomplete else AS_EXPECTED)
+
+
+@app.command("schema")
+def schema_command(
+    kind: Annotated[
+        str, typer.Argument(metavar="[scenario|lab]", help="Of which file.", autocompletion=_schema_kinds)
+    ] = "scenario",
+) -> None:
+    """Print the JSON Schema of scenario or lab files, for editors.
+
+    Example:
+
+        lsmlab schema scenario > scenario.schema.json
+    """
+    print(json.dumps(schema.of(_known("schema", kind, list(schema.MODELS))), indent=1))
+
+
+@app.command("catalogue", epilog=EPILOG)
+def catalogue_command(
+    outcomes: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--outcomes", metavar="FILE", help="Of `lsmlab run --json`; may be given again. Default: the store."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the pages are written.")] = Path("docs"),
+) -> None:
+    """Write catalogue.md and comparison.md: the scenarios, and what was seen of them. Never what is only expected.
+
+    Examples:
+
+        lsmlab catalogue
+
+        lsmlab catalogue --outcomes debian-13.json --outcomes debian-12.json --out docs
+    """
+    if not out.is_dir() or not os.access(out, os.W_OK):
+        raise DefinitionError(f"--out {out}: no folder that can be written", hint="Make it, or name another.")
+    kept = [o for file in outcomes for o in Report.read(file).outcomes] if outcomes else Store().newest()
+    found = catalogue.collect(kept)
+    for name, page in (
+        ("catalogue.md", pages.catalogue_page(found, out)), ("comparison.md", comparison.comparison_page(found, out)),
+    ):  # fmt: skip
+        _write_json(page, out / name)
+        print(out / name)
+    if found.strays:
+        named = f"{', '.join(found.strays[:STRAYS])}{', ...' if len(found.strays) > STRAYS else ''}"
+        _say(f"outcomes of {len(found.strays)} scenarios that are not here were left out: {named}")
 
 
 @app.command("labs")
@@ -313,8 +547,10 @@ def shell_command(
     """
     _accelerator(accel)
     machine, where = discovery.load_lab(lab), _arm(arm)
-    _need_arm(machine.arms, where, lab)
+    _need_arm(machine.arms, where, f"lab {lab}")
     setup = discovery.load_scenarios([scenario])[0] if scenario else None
+    if setup is not None:
+        machine = machine.with_packages(setup.packages)
     if not command:
         shell.need_terminal()
     with _progress(quiet) as progress, open_bench(machine, progress, accelerator=_accelerator(accel)) as bench:
@@ -322,15 +558,66 @@ def shell_command(
             shell.open_on_arm(bench, where, setup)
             return
         result = shell.run_on_arm(bench, where, command, setup)
+    _pass_on(result)
+
+
+def _pass_on(result: CommandResult | None) -> None:
+    """End as a guest's command did, with its output; None: there was a shell instead."""
+    if result is None:
+        return
     sys.stdout.buffer.write(result.stdout)
     sys.stdout.flush()
     sys.stderr.buffer.write(result.stderr)
     raise typer.Exit(result.exit_code if result.exit_code is not None else 128 + (result.signal or 0))
 
 
-def _need_arm(arms: Sequence[Arm], wanted: Arm, lab: str) -> None:
+@app.command("rewind")
+def rewind_command(
+    outcome: Annotated[str, typer.Argument(metavar="OUTCOME", help="Its number or id; `lsmlab show` lists them.")],
+    command: Annotated[list[str] | None, typer.Argument(metavar="[-- COMMAND...]", help="Run this instead.")] = None,
+    arm: Annotated[
+        str | None, typer.Option("--arm", "-a", help="The arm to be in; by default the enforcing one.")
+    ] = None,
+    attempt: Annotated[
+        str | None, typer.Option("--attempt", help="The attempt to stand before; by default the first attack.")
+    ] = None,
+    scenario: Annotated[
+        str | None, typer.Option("--scenario", "-s", help="Where the scenario lies, if it is not below ./scenarios.")
+    ] = None,
+    accel: AccelOption = "auto",
+    quiet: QuietOption = False,
+) -> None:
+    """Open a root shell in the state just before an outcome's attack, with the attack's command at the prompt.
+
+    Press Enter to make the attack, or look around first. The guest is thrown away afterwards.
+
+    Examples:
+
+        lsmlab rewind 12
+
+        lsmlab rewind 12 --arm dac
+
+        lsmlab rewind 12 --arm selinux-enforcing -- ls -Z /etc/shadow
+    """
+    _accelerator(accel)
+    number, kept = Store().get(outcome)
+    where = _arm(arm) if arm else ENFORCING_ARM[kept.framework]
+    _need_arm([record.arm for record in kept.arms], where, f"outcome {number}")
+    found = discovery.load_scenarios([scenario or kept.scenario])[0]
+    spec = shell.attempt_of(found, attempt) if attempt else found.attacks[0]
+    if not command:
+        shell.need_terminal()
+    machine = discovery.load_lab(kept.lab).with_packages(found.packages)
+    with _progress(quiet) as progress, open_bench(machine, progress, accelerator=_accelerator(accel)) as bench:
+        if found.digest() != kept.scenario_digest:
+            progress.note(f"The scenario {found.id} has changed since outcome {number}: this is how it is now.")
+        result = shell.open_before_attempt(bench, found, where, spec, command or ())
+    _pass_on(result)
+
+
+def _need_arm(arms: Sequence[Arm], wanted: Arm, whose: str) -> None:
     if wanted not in arms:
-        raise DefinitionError(f"lab {lab} has no arm {wanted}; it has: {', '.join(arms)}")
+        raise DefinitionError(f"{whose} has no arm {wanted}; it has: {', '.join(arms)}")
 
 
 @app.command("try")
@@ -369,12 +656,15 @@ def try_command(
         raise DefinitionError(f"--profile {profile}: no such file")
     machine = discovery.load_lab(lab)
     machine.service(as_service)
-    arms = [_arm(a) for a in arm] if arm else list(machine.arms)
+    arms = [_arm(a) for a in arm] if arm else [a for a in machine.arms if not a.unconfined]
     for wanted in arms:
-        _need_arm(machine.arms, wanted, lab)
+        _need_arm(machine.arms, wanted, f"lab {lab}")
     question = trial.Question(as_service, tuple(command), tuple(group or ()), root, profile, access)
-    with _progress(quiet) as progress, open_bench(machine, progress, accelerator=_accelerator(accel)) as bench:
-        answers = trial.ask(bench, question, arms, guests=guests)
+    with (
+        _progress(quiet) as progress,
+        open_bench(machine, progress, accelerator=_accelerator(accel), guests=guests) as bench,
+    ):
+        answers = trial.ask(bench, question, arms)
     if json_file is not None:
         body = ",".join(a.model_dump_json() for a in answers)
         _write_json(f'{{"schema": 1, "command": {json.dumps(command)}, "arms": [{body}]}}\n', json_file)
@@ -392,7 +682,7 @@ def images_command(context: typer.Context, json_file: JsonOption = None) -> None
 
 @images_app.command("list")
 def images_list(json_file: JsonOption = None) -> None:
-    """List built images and saved guests, with sizes, ages, and whether a run would still use them."""
+    """List built images and saved guests: size, age, last use, whether a run would take them, whether one does now."""
     _json_target(json_file)
     entries = inventory.entries()
     if json_file is not None:
@@ -402,8 +692,11 @@ def images_list(json_file: JsonOption = None) -> None:
     if not entries:
         _say("nothing is built yet: `lsmlab images build debian-13`, or any run, builds what it needs")
         return
-    table = [(e.kind, e.name, f"{e.mib} MiB", e.age(), e.status) for e in entries]
-    print(tables.plain(("kind", "name", "size", "age", "status"), table))
+    table = [
+        (e.kind, e.name, f"{e.mib} MiB", inventory.since(e.made), f"{inventory.since(e.used)} ago", e.standing())
+        for e in entries
+    ]
+    print(tables.plain(("kind", "name", "size", "age", "used", "status"), table))
 
 
 @images_app.command("build")
@@ -419,9 +712,11 @@ def images_build(
         lsmlab images build debian-13 debian-12
     """
     machines = [discovery.load_lab(name) for name in labs]
-    cache.sweep()
-    with _progress(quiet) as progress, cache.in_use():
-        built = [build.ensure(machine, progress, rebuild=rebuild) for machine in machines]
+    with _progress(quiet) as progress, contextlib.ExitStack() as uses:
+        limit = inventory.Limit(progress)
+        cache.sweep()
+        built = [build.ensure(machine, progress, rebuild=rebuild, uses=uses) for machine in machines]
+        limit.keep()
     for image in built:
         print(f"{image.lab}  {image.digest[:16]}  {image.folder}")
 
@@ -430,11 +725,19 @@ def images_build(
 def images_prune(
     everything: Annotated[bool, typer.Option("--all", help="Also what is current.")] = False,
 ) -> None:
-    """Delete what no run would use any more; a run in progress is not disturbed."""
-    removed = inventory.prune(everything=everything)
-    for entry in removed:
+    """Delete what no run would use any more. What a run uses at this moment is kept."""
+    pruned = inventory.prune(everything=everything)
+    for entry in pruned.removed:
         print(f"removed {entry.kind} {entry.name} ({entry.mib} MiB)")
-    _say(f"{sum(e.mib for e in removed)} MiB freed")
+    if pruned.leftovers:
+        print(f"removed what killed runs left ({pruned.leftovers >> 20} MiB)")
+    for entry, why in pruned.kept:
+        print(f"kept {entry.kind} {entry.name}: {why}")
+    for error in pruned.failed:
+        _say(str(error))
+    _say(f"{pruned.freed >> 20} MiB freed")
+    if pruned.failed:
+        raise typer.Exit(NOT_AS_EXPECTED)
 
 
 @app.command("doctor")
@@ -468,7 +771,7 @@ def _root(
 
 
 def _say(words: str) -> None:
-    print(f"lsmlab: {words}", file=sys.stderr)
+    print(f"lsmlab: {clean(words)}", file=sys.stderr)
 
 
 class Interrupted(BaseException):  # no KeyboardInterrupt, which typer makes an exit code of
@@ -516,7 +819,7 @@ def _explained(error: BaseException) -> int:
     if isinstance(error, OSError):
         _say(f"{error.filename or 'this machine'}: {error.strerror or error}")
         return ERROR
-    traceback.print_exception(error)
+    print(clean("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     _say("this is a defect of lsmlab; please report it with the lines above")
     return ERROR
 

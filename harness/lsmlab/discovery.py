@@ -43,15 +43,30 @@ class Found(Generic[T]):
 def scenario_files(root: Path) -> dict[str, Path]:
     """Every scenario file below `root`, by id (its folder's name). Raises DefinitionError where two share one."""
     return _by_id(
-        ((p.parent.name, p) for p in _walk(root, scenario.FILE_NAME) if definition.peek_kind(p) == scenario.KIND),
+        ((p.parent.name, p) for p in named_like_scenarios(root) if definition.peek_kind(p) == scenario.KIND),
         "scenario",
     )
 
 
+def named_like_scenarios(root: Path) -> list[Path]:
+    """Every file below `root` that is called as scenarios are, of whatever kind; `root` itself where it is a file."""
+    return list(_walk(root, scenario.FILE_NAME))
+
+
 def lab_files(root: Path) -> dict[str, Path]:
     """Every lab file directly in `root`, by id."""
-    files = sorted(root.glob("*.yaml")) if root.is_dir() else []
-    return _by_id(((p.stem, p) for p in files if definition.peek_kind(p) == lab.KIND), "lab")
+    return _by_id(((p.stem, p) for p in named_like_labs(root) if definition.peek_kind(p) == lab.KIND), "lab")
+
+
+def named_like_labs(root: Path) -> list[Path]:
+    """Every file directly in `root` that is called as labs are, of whatever kind."""
+    return sorted(root.glob("*.yaml")) if root.is_dir() else []
+
+
+def roots(folder: str, base: Path | None = None) -> tuple[Path, ...]:
+    """Where labs or scenarios are looked for: the folder of `base` (the current one), and the library's if another."""
+    own, built_in = ((base or Path.cwd()) / folder).resolve(), (library() / folder).resolve()
+    return (built_in,) if own == built_in else (own, built_in)
 
 
 def _walk(root: Path, name: str) -> Iterable[Path]:
@@ -78,10 +93,8 @@ def _by_id(pairs: Iterable[tuple[str, Path]], what: str) -> dict[str, Path]:
 
 
 def _search(folder: str, files: Callable[[Path], dict[str, Path]], base: Path | None) -> Found[T]:
-    own_root = ((base or Path.cwd()) / folder).resolve()
-    built_in_root = (library() / folder).resolve()
-    own = {} if own_root == built_in_root else files(own_root)
-    return Found(own, files(built_in_root))
+    *own, built_in = roots(folder, base)
+    return Found(files(own[0]) if own else {}, files(built_in))
 
 
 def scenarios(base: Path | None = None) -> Found[Scenario]:
@@ -105,7 +118,10 @@ def load_lab(name: str = DEFAULT_LAB, base: Path | None = None) -> Lab:
 
 def load_scenario_file(path: Path, base: Path | None = None) -> Scenario:
     """One scenario file; what it extends is looked for beside it, in the current folder and in the library."""
-    found = scenarios(base)
+    return _load(path, scenarios(base))
+
+
+def _load(path: Path, found: Found[Scenario]) -> Scenario:
     beside = path.resolve().parent.parent
 
     def find(name: str) -> Path | None:
@@ -133,7 +149,7 @@ def load_scenarios(names: Iterable[str] = (), base: Path | None = None) -> tuple
         paths |= dict.fromkeys(p.resolve() for p in _in_place(place))
     if not paths:
         paths = dict.fromkeys((found.own or found.built_in).values())
-    loaded = {path: load_scenario_file(path, base) for path in paths}
+    loaded = {path: _load(path, found) for path in paths}
     _by_id(((scenario.id, path) for path, scenario in loaded.items()), "scenario")
     return tuple(loaded.values())
 

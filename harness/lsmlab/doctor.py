@@ -13,6 +13,7 @@ from lsmlab.errors import LsmlabError
 from lsmlab.image import build
 from lsmlab.lab import Lab
 from lsmlab.machine import accel
+from lsmlab.machine.qemu import QEMU
 
 PROGRAMS = (
     ("qemu-system-x86_64", "--version", "runs the guests"),
@@ -44,7 +45,10 @@ def examine(lab: Lab) -> list[Finding]:
         findings.append(_program("newuidmap", "", "builds images without root"))
         findings.append(_user_namespaces())
     findings += [_folder("cache", paths.cache()), _folder("outcomes", paths.state()), _space(), _memory(lab)]
-    findings += [_image(lab), _kvm(lab), _packages(lab)]
+    kvm = _kvm(lab)
+    findings += [_image(lab), kvm, _packages(lab)]
+    if os.geteuid() == 0 and host.find(QEMU) and host.find("setpriv"):
+        findings.append(_user_of_guests(accel.KVM if kvm.ok else None))
     return findings
 
 
@@ -70,6 +74,13 @@ def _user_namespaces() -> Finding:
         else "See that /etc/subuid and /etc/subgid have a line for you, and unprivileged user namespaces are on."
     )
     return Finding("user namespaces", ok=ok, needed=True, found=found, advice=advice)
+
+
+def _user_of_guests(device: Path | None) -> Finding:
+    ok = bool(host.no_rights(host.need(QEMU), device))
+    found = "a user of their own, without rights" if ok else "root: they cannot be given a user of their own here"
+    advice = "" if ok else "Run lsmlab as an ordinary user: what breaks out of a guest has QEMU's rights."
+    return Finding("guests run as", ok=ok, needed=False, found=found, advice=advice)
 
 
 def _folder(what: str, folder: Path) -> Finding:

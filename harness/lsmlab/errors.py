@@ -5,6 +5,8 @@ A block is a result, never an exception; an exception means that nothing can be 
 
 from __future__ import annotations
 
+from lsmlab.terminal import clean
+
 
 class LsmlabError(Exception):
     """Base of every error that lsmlab raises on purpose.
@@ -18,7 +20,8 @@ class LsmlabError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message}\n  {self.hint}" if self.hint else self.message
+        """Message and hint, fit for a terminal: much of a message may be a guest's words."""
+        return clean(f"{self.message}\n  {self.hint}" if self.hint else self.message)
 
 
 class DefinitionError(LsmlabError):

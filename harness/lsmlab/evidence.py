@@ -8,7 +8,7 @@ or a control character (kernel/audit.c, audit_string_contains_control).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from lsmlab.definition import Strict
 from lsmlab.facts import domain_of
@@ -22,12 +22,17 @@ ENCODED_FIELDS = frozenset(
 )
 KERNEL_TYPES = frozenset({"AVC", *(f"APPARMOR_{w}" for w in ("DENIED", "ALLOWED", "KILL", "STATUS", "AUDIT", "ERROR"))})
 """Record types that AppArmor's messages come in; a process with CAP_AUDIT_WRITE can only write others (USER_*)."""
+OBJECT_MANAGER_CLASSES = frozenset({"dbus", "service", "system", "passwd", "nscd"})
+"""Classes that a program decides about, and not the kernel: D-Bus, systemd, passwd, databases (db_*), X (x_*)."""
 MODE_CHANGES = frozenset({"MAC_STATUS", "MAC_POLICY_LOAD", "MAC_CONFIG_CHANGE"})
 """SELinux: enforcing switched, policy loaded, boolean changed."""
+EVENT_RECORDS = 64
+"""A denial keeps no more records of its event: the kernel writes a dozen, and thousands must not cost their square."""
 
+# What these read, a guest wrote: none of them may take more than a time in proportion to the line.
 _HEAD = re.compile(r"(?:node=\S+ )?type=(\S+) msg=audit\((\d+\.\d+):(\d+)\): ?(.*)", re.DOTALL)
-_FIELD = re.compile(r"""([A-Za-z_][\w-]*)=("(?:[^"]*)"|'(?:[^']*)'|\S*)""")
-_AVC = re.compile(r"avc:\s+(denied|granted)\s+\{([^}]*)\} for\s+(.*)", re.DOTALL)
+_FIELD = re.compile(r"""(?<![\w-])([A-Za-z_][\w-]*)=("(?:[^"]*)"|'(?:[^']*)'|\S*)""")
+_AVC = re.compile(r"avc:\s+(denied|granted)\s+\{([^{}]*)\} for\s+(.*)", re.DOTALL)
 _FILE_MASK = re.compile(r"[rwaxmlkcd]+")
 _HEX = re.compile(r"(?:[0-9A-F]{2})+")
 
@@ -92,6 +97,11 @@ class Denial(Strict):
         return domain_of(self.object) if self.object else ""
 
     @property
+    def access(self) -> str:
+        """What was denied, in the record's words: its permissions, or its operation where it names none."""
+        return " ".join(self.permissions) or self.operation
+
+    @property
     def headline(self) -> str:
         """The record itself, without auditd's translations."""
         return self.raw[0]
@@ -115,16 +125,15 @@ def parse(text: str) -> tuple[Record, ...]:
 def _fields(body: str) -> dict[str, str]:
     avc = _AVC.search(body)
     found: dict[str, str] = {}
-    rest = body
-    if avc is not None:
-        found["avc"] = avc[1]
-        found["permissions"] = " ".join(avc[2].split())
-        rest = avc[3]
-        before = body[: avc.start()]
-        found |= {k: _decode(k, v) for k, v in _FIELD.findall(before) if k != "msg"}
-    for key, value in _FIELD.findall(rest):
+    parts = (body,) if avc is None else (body[: avc.start()], avc[3])
+    for key, value in (pair for part in parts for pair in _FIELD.findall(part)):
         # The first one counts: what a process chose stands behind what the kernel wrote.
         found.setdefault(key, _decode(key, value))
+    for key in ("avc", "permissions"):  # ours: no field of a record is called so
+        found.pop(key, None)
+    if avc is not None:
+        found.pop("msg", None)  # the beginning of the message that the rest was read from
+        found |= {"avc": avc[1], "permissions": " ".join(avc[2].split())}
     return found
 
 
@@ -136,7 +145,8 @@ def _decode(key: str, value: str) -> str:
     return value
 
 
-def _number(value: str | None) -> int | None:
+def number(value: str | None) -> int | None:
+    """A decimal number of a record; None where there is none."""
     return int(value) if value is not None and re.fullmatch(r"-?\d{1,18}", value) else None
 
 
@@ -145,13 +155,20 @@ def denials(records: Iterable[Record]) -> tuple[Denial, ...]:
     events: dict[tuple[str, int], list[Record]] = {}
     for record in records:
         events.setdefault(record.event, []).append(record)
-    return tuple(d for group in events.values() for r in group if (d := _denial(r, group)) is not None)
+    return tuple(d for event in events.values() for d in _denials_of(event))
 
 
-def _denial(record: Record, event: list[Record]) -> Denial | None:
-    fields = record.fields
+def _denials_of(event: list[Record]) -> Iterator[Denial]:
     syscall = next((r for r in event if r.type == "SYSCALL"), None)
+    found = (_denial(record, event[:EVENT_RECORDS], syscall) for record in event)
+    yield from (d for d in found if d is not None)
+
+
+def _denial(record: Record, event: list[Record], syscall: Record | None) -> Denial | None:
+    fields = record.fields
     success = {"yes": True, "no": False}.get(syscall.fields.get("success", "")) if syscall else None
+    if record.type == "USER_AVC" and not _from_object_manager(fields):
+        return None
     if record.type in {"AVC", "USER_AVC"} and fields.get("avc") == "denied":
         framework, logged_only = Framework.SELINUX, fields.get("permissive") == "1"
         says_no = fields.get("permissive") == "0" or (record.type == "USER_AVC" and not logged_only)
@@ -174,22 +191,37 @@ def _denial(record: Record, event: list[Record]) -> Denial | None:
         logged_only=logged_only,
         event=record.event,
         # an object manager's own pid stands in pid=; the subject's, as D-Bus writes it, in spid=
-        pid=_number(fields.get("spid") if record.type == "USER_AVC" else fields.get("pid")),
-        ppid=_number(named.get("ppid")),
-        auid=_number(named.get("auid")),
+        pid=number(fields.get("spid") if record.type == "USER_AVC" else fields.get("pid")),
+        ppid=number(named.get("ppid")),
+        auid=number(named.get("auid")),
         comm=fields.get("comm", ""),
         subject=subject,
         object=target,
         tclass=tclass,
         permissions=permissions,
         name=fields.get("path") or fields.get("name", ""),
-        paths=tuple((r.fields.get("name", ""), _number(r.fields.get("inode"))) for r in event if r.type == "PATH"),
+        paths=tuple((r.fields.get("name", ""), number(r.fields.get("inode"))) for r in event if r.type == "PATH"),
         dev=fields.get("dev", ""),
-        ino=_number(fields.get("ino")),
+        ino=number(fields.get("ino")),
         operation=operation,
         syscall_success=success,
         raw=(record.raw, *others),
     )
+
+
+def _from_object_manager(fields: dict[str, str]) -> bool:
+    """Whether a USER_AVC can be what it says: a process with CAP_AUDIT_WRITE may send one about itself, or about files.
+
+    The sender's own number and context, `pid` and `subj`, are the kernel's; all else is the sender's words.
+    """
+    tclass = fields.get("tclass", "")
+    known = tclass in OBJECT_MANAGER_CLASSES or tclass.startswith(("db_", "x_"))
+    of_itself = fields.get("pid") == fields.get("spid") or _domain(fields, "subj") == _domain(fields, "scontext")
+    return known and not of_itself
+
+
+def _domain(fields: dict[str, str], key: str) -> str:
+    return domain_of(fields.get(key, ""))
 
 
 def _mask(fields: dict[str, str]) -> Iterable[str]:
@@ -207,8 +239,14 @@ def mode_changes(records: Iterable[Record]) -> tuple[Record, ...]:
     return tuple(
         r
         for r in records
-        if r.type in MODE_CHANGES or (r.type in KERNEL_TYPES and r.fields.get("apparmor") == "STATUS")
+        if r.type in MODE_CHANGES
+        or (r.type in KERNEL_TYPES and r.fields.get("apparmor") == "STATUS" and r.fields.get("error", "0") == "0")
     )
+
+
+def audit_changes(records: Iterable[Record]) -> tuple[Record, ...]:
+    """Records that say that auditing was switched, or its rules or limits changed."""
+    return tuple(r for r in records if r.type == "CONFIG_CHANGE")
 
 
 def refused_calls(records: Iterable[Record]) -> tuple[Record, ...]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import secrets
 import shlex
 import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 from lsmlab.errors import HostError
 
@@ -24,6 +27,9 @@ PACKAGES = {
     "gpg": "gpg",
 }
 """The Debian package that brings each program we use."""
+
+PASSING_UIDS = range(61184, 65520)
+"""Ids of users that no account has: systemd's for services that come and go (https://systemd.io/UIDS-GIDS/)."""
 
 
 def find(program: str) -> str | None:
@@ -66,11 +72,41 @@ def stop_all() -> None:
         _kill(process)
 
 
-def dying_with_us(argv: Sequence[str]) -> list[str]:
-    """`argv`, killed by the kernel when the thread that starts it ends (setpriv --pdeathsig, prctl(2))."""
+def dying_with_us(argv: Sequence[str], *, rights: Sequence[str] = ()) -> list[str]:
+    """`argv`, killed by the kernel when the thread that starts it ends (setpriv --pdeathsig, prctl(2)).
+
+    `rights` are more options of setpriv, such as those of `no_rights`. The signal is asked for behind a change of user.
+    """
     # We may die before setpriv has asked for the signal: then the shell finds another parent, and starts nothing
     guard = 'if [ "$PPID" = "$0" ]; then exec "$@"; fi'
-    return [need("setpriv"), "--pdeathsig", "KILL", "--", "sh", "-c", guard, str(os.getpid()), *argv]
+    return [need("setpriv"), *rights, "--pdeathsig", "KILL", "--", "sh", "-c", guard, str(os.getpid()), *argv]
+
+
+def no_rights(program: str, device: Path | None = None) -> list[str]:
+    """setpriv's options that have root start `program` as a user of its own: no account, no capabilities, and no group
+    but the one that may open `device`.
+
+    Empty, so that `program` runs as we do, for an ordinary user; and for a root that may become no other user, as in
+    some containers, or where other users may not run `program` or open `device`.
+    """
+    if os.geteuid() != 0:
+        return []
+    groups = ["--clear-groups"]
+    if device is not None and (gid := device.stat().st_gid) != 0:
+        groups = ["--groups", str(gid)]
+    options = ["--no-new-privs", *groups]
+    if not _suffice(program, device, *options):
+        return []
+    uid = str(PASSING_UIDS[secrets.randbelow(len(PASSING_UIDS))])
+    return ["--reuid", uid, "--regid", uid, *options]
+
+
+@functools.cache
+def _suffice(program: str, device: Path | None, *options: str) -> bool:
+    uid = str(PASSING_UIDS[0])
+    asked = ["-x", program, *(("-a", "-r", str(device), "-a", "-w", str(device)) if device else ())]
+    argv = [need("setpriv"), "--reuid", uid, "--regid", uid, *options, "--", "test", *asked]
+    return subprocess.run(argv, capture_output=True, check=False).returncode == 0
 
 
 def in_namespace(argv: Sequence[str]) -> list[str]:
@@ -106,7 +142,7 @@ def run(argv: Sequence[str], *, what: str, stdin: bytes = b"", timeout: float = 
         out, err = process.communicate(stdin, timeout=timeout)
     except subprocess.TimeoutExpired:
         _kill(process)
-        raise HostError(f"{what}: not done after {timeout:.0f} s: {shlex.join(argv)[:300]}") from None
+        raise HostError(f"{what}: not done after {timeout:.0f} s: {_shown(argv)}") from None
     except BaseException:
         _kill(process)
         raise
@@ -114,8 +150,13 @@ def run(argv: Sequence[str], *, what: str, stdin: bytes = b"", timeout: float = 
         _running.discard(process)
     if process.returncode:
         words = "\n".join((err or out).decode("utf-8", "replace").strip().splitlines()[-15:])
-        raise HostError(f"{what} failed ({process.returncode}): {shlex.join(argv)[:300]}\n{words}")
+        raise HostError(f"{what} failed ({process.returncode}): {_shown(argv)}\n{words}")
     return out
+
+
+def _shown(argv: Sequence[str]) -> str:
+    """`argv` in one line, cut short: what the program itself said stands in the lines below."""
+    return " ".join(shlex.join(argv).split())[:300]
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,23 +17,27 @@ KIND = "lsmlab/lab"
 FILE_KEYS = frozenset({"apparmor_profile"})
 
 Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+UnitName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9:_.@][A-Za-z0-9:_.@-]*\.service$")]
+PackageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9+.-]+$")]
 
 
 class DebianImage(Strict):
     """A disk built from Debian packages with mmdebstrap."""
 
     suite: Identifier
-    packages: tuple[str, ...] = Field(min_length=1)
+    packages: tuple[PackageName, ...] = Field(min_length=1)
     disk_mib: int = Field(ge=1024, le=65536)
     """Size of the root file system, MiB."""
     masked_units: tuple[str, ...] = Field(default=())
     """systemd units that no scenario needs and that only cost boot time."""
+    disabled_units: tuple[str, ...] = Field(default=())
+    """systemd units that some scenario starts, and that do not run from boot."""
 
 
 class Service(Strict):
     """What a distribution calls a service that scenarios attack."""
 
-    unit: str = Field(pattern=r"^[A-Za-z0-9:_.@-]+\.service$")
+    unit: UnitName
     apparmor_profile: Path | None = Field(default=None)
     """The profile that `lsmlab try` loads where the distribution ships none."""
 
@@ -53,8 +58,16 @@ class Lab(Definition):
 
     @property
     def arms(self) -> tuple[Arm, ...]:
-        """Every arm that this lab can run, in the order of the experiment."""
+        """Every arm that this lab can run, in the order of the experiment; the weaker controls last."""
         return tuple(a for a in Arm if a.framework is None or a.framework in self.frameworks)
+
+    def with_packages(self, packages: Sequence[str]) -> Lab:
+        """This lab with more packages in its image; itself where it has them all."""
+        more = [p for p in dict.fromkeys(packages) if p not in self.image.packages]
+        if not more:
+            return self
+        image = self.image.model_copy(update={"packages": (*self.image.packages, *sorted(more))})
+        return self.model_copy(update={"image": image})
 
     def service(self, name: str) -> Service:
         """The service called `name`. Raises DefinitionError with the nearest name."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import computed_field
+from pydantic import ValidationError, computed_field
 
 from lsmlab.attempt import Observation
 from lsmlab.definition import Strict
+from lsmlab.errors import DefinitionError
 from lsmlab.evidence import Denial
-from lsmlab.terms import Arm, AttemptKind, Framework, Verdict
+from lsmlab.terms import CONTROL, UNCONFINED_ARM, Arm, AttemptKind, Framework, Verdict
 from lsmlab.verdict import JudgedArm, JudgedAttempt
 
 SCHEMA: Literal[1] = 1
@@ -23,7 +26,7 @@ class AttemptRecord(JudgedAttempt):
 
 
 class ArmRecord(JudgedArm):
-    """One arm. `seconds` is wall time, from the start of its guest."""
+    """One arm. `seconds` is wall time; the first arm of a kernel has the guest's start and the set-up in its own."""
 
     lsm: tuple[str, ...] = ()
     command_line: str = ""
@@ -46,6 +49,23 @@ class Environment(Strict):
     memory_mib: int
 
 
+class Falsification(Strict):
+    """Whether the experiment could have come out otherwise: see falsify.py."""
+
+    rules: tuple[str, ...]
+    """What was added to the policy, or the files that took its place."""
+    verdict: Verdict
+    """Under the weakened policy; NOT_CONTAINED where the attacks succeed."""
+    reason: str
+    misled: Verdict = Verdict.ERROR
+    """With another denial expected; UNATTRIBUTED where the record counts."""
+
+    @property
+    def falsifiable(self) -> bool:
+        """True where both came out otherwise: then the scenario proves something."""
+        return self.verdict is Verdict.NOT_CONTAINED and self.misled is Verdict.UNATTRIBUTED
+
+
 class Outcome(Strict):
     """One scenario, on one lab, under one framework."""
 
@@ -65,12 +85,19 @@ class Outcome(Strict):
     reason: str
     environment: Environment
     arms: tuple[ArmRecord, ...]
+    falsification: Falsification | None = None
+    """None: nobody asked, there was nothing to falsify, or it was interrupted."""
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def as_expected(self) -> bool:
         """True where the verdict is the one that the scenario's file states."""
         return self.verdict is self.expected
+
+    @property
+    def control(self) -> ArmRecord | None:
+        """The record of the arm that the enforcing one is compared with."""
+        return next((a for a in self.arms if a.arm in {CONTROL, UNCONFINED_ARM[self.framework]}), None)
 
     def arm(self, name: Arm) -> ArmRecord | None:
         """The record of one arm."""
@@ -116,3 +143,34 @@ class Report(Strict):
         """JSON text: `{"schema": 1, "outcomes": [...]}`."""
         body = ",".join(o.model_dump_json(exclude={"record"}) for o in self.outcomes)
         return f'{{"schema": {self.schema_}, "outcomes": [{body}]}}\n'
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """The report in a file. Raises DefinitionError."""
+        try:
+            return cls.from_json(path.read_text("utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DefinitionError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Report:
+        """What `to_json` wrote. Raises DefinitionError that names `source`."""
+        try:
+            document: Any = json.loads(text)
+            if document["schema"] != SCHEMA:
+                raise DefinitionError(
+                    f"{source}: a report of version {document['schema']}; this lsmlab reads {SCHEMA}",
+                    hint="Use the lsmlab that wrote it.",
+                )
+            rows = [{k: v for k, v in row.items() if k != "as_expected"} for row in document["outcomes"]]
+            return cls(schema_=SCHEMA, outcomes=tuple(Outcome.model_validate_json(json.dumps(row)) for row in rows))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise DefinitionError(
+                f"{source}: outcomes that this lsmlab cannot read: {place}: {first['msg']}"
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DefinitionError(
+                f"{source}: no report of outcomes", hint="`lsmlab run --json FILE` writes one."
+            ) from error

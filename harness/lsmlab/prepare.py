@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lsmlab import attempt, evidence
+from lsmlab import attempt, evidence, facts
 from lsmlab.channel.base import Channel
 from lsmlab.errors import ChannelError, SetupError
 from lsmlab.evidence import Denial
@@ -15,7 +16,7 @@ from lsmlab.framework.base import PolicyUnderTest
 from lsmlab.image.build import Image
 from lsmlab.lab import Lab
 from lsmlab.scenario import Scenario, Step, Write
-from lsmlab.terms import Arm
+from lsmlab.terms import Arm, SourceState
 
 STEP_SECONDS = 120
 
@@ -28,7 +29,7 @@ class Plan:
     setup: tuple[Step, ...]
     after_start: tuple[Step, ...]
     policy: PolicyUnderTest
-    object_path: str
+    object_path: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,81 +43,111 @@ class Prepared:
 def plan_of(scenario: Scenario, lab: Lab) -> Plan:
     """The plan of a scenario on a lab. Raises DefinitionError where the lab has no such service."""
     return Plan(
-        unit=lab.service(scenario.subject.service).unit,
+        unit=scenario.subject.unit or lab.service(scenario.subject.service or "").unit,
         setup=scenario.setup,
         after_start=scenario.after_start,
         policy=PolicyUnderTest(
-            scenario.selinux.modules, tuple(sorted(scenario.selinux.booleans.items())), scenario.apparmor.profiles
+            scenario.selinux.modules,
+            tuple(sorted(scenario.selinux.booleans.items())),
+            scenario.apparmor.profiles,
+            scenario.apparmor.shipped,
         ),
         object_path=scenario.object.path,
     )
 
 
-def bring_into(channel: Channel, arm: Arm, plan: Plan, image: Image) -> Prepared:
-    """Prepare the guest behind `channel` for `arm`. Raises SetupError, PolicyError, FrameworkError, ChannelError."""
+def set_up(channel: Channel, arm: Arm, plan: Plan, image: Image) -> bool:
+    """Do what both arms of a framework share: load the policy, do the steps in the mode that the guest booted in, and
+    stop the service.
+
+    True where the service is to be started in the arm's mode: one that the set-up stopped stays stopped.
+    Raises SetupError, PolicyError, FrameworkError, ChannelError.
+    """
+    mark(channel, arm)
+    FRAMEWORKS[arm.framework].load(channel, image, plan.policy)
+    was_running = is_running(channel, plan.unit)
+    do_steps(channel, plan.setup, "setup")
+    if not is_running(channel, plan.unit):
+        return not was_running
+    channel.run(["systemctl", "stop", plan.unit], timeout=STEP_SECONDS).check()
+    return True
+
+
+def enter(channel: Channel, arm: Arm, plan: Plan, *, start: bool) -> Prepared:
+    """Enter the arm's mode and start the service in it. Raises as `set_up`."""
     driver = FRAMEWORKS[arm.framework]
     mark(channel, arm)
-    driver.load(channel, image, plan.policy)
-    was_active = is_active(channel, plan.unit)
-    do_steps(channel, plan.setup, "setup")
     driver.enter(channel, arm, plan.policy)
+    if arm.unconfined:
+        driver.unconfine(channel, _program(channel, plan.unit))
     started: bool = False
     denials: tuple[Denial, ...] = ()
-    if is_active(channel, plan.unit) or not was_active:  # one that the set-up stopped stays stopped
-        started, denials = _restart(channel, plan.unit)
+    if start:
+        started, denials = _start(channel, plan.unit)
     if started:
         do_steps(channel, plan.after_start, "after_start")
     driver.settle(channel, arm)
     return Prepared(service_active=started, setup_denials=denials)
 
 
-def is_active(channel: Channel, unit: str) -> bool:
-    """True while systemd calls the unit active."""
-    return channel.run(["systemctl", "is-active", "--quiet", unit]).ok
+def bring_into(channel: Channel, arm: Arm, plan: Plan, image: Image) -> Prepared:
+    """Prepare the guest behind `channel` for `arm`. Raises as `set_up`."""
+    return enter(channel, arm, plan, start=set_up(channel, arm, plan, image))
 
 
-def _restart(channel: Channel, unit: str) -> tuple[bool, tuple[Denial, ...]]:
+def _program(channel: Channel, unit: str) -> str:
+    """The file that systemd executes to start the unit. Raises SetupError."""
+    shown = channel.run(["systemctl", "show", "--property=ExecStart", "--value", unit]).check().out
+    found = re.match(r"\{ path=(/\S+) ;", shown)
+    if found is None:
+        raise SetupError(f"{unit}: systemd knows no program that starts it: {shown.strip()[:200] or 'no ExecStart'}")
+    return found[1]
+
+
+def is_running(channel: Channel, unit: str) -> bool:
+    """True while the unit has a process."""
+    answer = channel.ask("pids", unit=unit)
+    if type(answer) is not list or not all(type(pid) is int and pid > 0 for pid in answer):
+        raise ChannelError(f"the agent answered nonsense: {str(answer)[:200]} for the processes of {unit}")
+    return bool(answer)
+
+
+def _start(channel: Channel, unit: str) -> tuple[bool, tuple[Denial, ...]]:
     """Start the service in the mode under test; where it does not start, the effective denials meanwhile."""
-    size = channel.run(["stat", "-c", "%s", "/var/log/audit/audit.log"]).check().out.strip()
-    if not size.isdigit():
-        raise ChannelError(f"the guest's audit log has a size of {size[:80]!r}")
-    if channel.run(["systemctl", "restart", unit], timeout=STEP_SECONDS).ok:
+    before = facts.read(facts.AuditState, channel.ask("audit_state"))
+    if channel.run(["systemctl", "start", unit], timeout=STEP_SECONDS).ok:
         return True, ()
-    sections, _ = attempt.close_window(channel, unit, int(size))
-    return False, tuple(d for d in evidence.denials(evidence.parse(sections["window"])) if d.effective)
+    source, log = attempt.close_window(channel, unit, before)
+    if source.state is SourceState.UNAVAILABLE:
+        raise ChannelError(f"{unit} does not start, and why is not known: {source.name} unavailable: {source.detail}")
+    return False, tuple(d for d in evidence.denials(evidence.parse(log)) if d.effective)
 
 
 def mark(channel: Channel, arm: Arm) -> None:
     """Set the guest's clock, which a saved state carries along, and say in the prompt which arm this is."""
-    script = 'date --set="@$1" >/dev/null; echo "$2" > /run/lsmlab-arm'
-    channel.run(["sh", "-c", script, "mark", f"{time.time():.0f}", arm]).check()
+    channel.ask("clock", seconds=time.time())
+    channel.write_file("/run/lsmlab-arm", f"{arm}\n".encode())
 
 
 def do_steps(channel: Channel, steps: Sequence[Step], where: str) -> None:
     """Do the steps in order. Raises SetupError that names the step."""
+    unlabelled: list[str] = []
     for number, step in enumerate(steps, 1):
+        last = number == len(steps)
         try:
             if step.write is not None:
-                _write(channel, step.write)
-            elif step.run is not None:
+                unlabelled.append(_write(channel, step.write))
+            if unlabelled and (last or step.run is not None):  # before a command may look at them: one program for all
+                channel.ask("relabel", within=STEP_SECONDS, paths=list(dict.fromkeys(unlabelled)))
+                unlabelled.clear()
+            if step.run is not None:
                 channel.run(step.run, timeout=STEP_SECONDS).check()
         except ChannelError as error:
             raise SetupError(f"{where}, step {number}: {error.message}") from error
 
 
-def _write(channel: Channel, write: Write) -> None:
-    folder = write.path.rpartition("/")[0] or "/"
-    channel.run(["mkdir", "-p", "--", folder]).check()
-    channel.write_file(write.path, write.data())
-    channel.run(
-        [
-            "sh",
-            "-c",
-            'chmod "$1" "$3" && chown "$2" "$3" && if [ -e /sys/fs/selinux/enforce ]; then restorecon -RF "$4"; fi',
-            "write",
-            write.mode,
-            write.owner,
-            write.path,
-            folder if folder.count("/") > 1 else write.path,
-        ]
-    ).check()
+def _write(channel: Channel, write: Write) -> str:
+    """Write a file; what is to be given its label: the file with its folder, which may be new."""
+    channel.write_file(write.path, write.data(), mode=int(write.mode, 8), owner=write.owner)
+    folder = write.path.rpartition("/")[0]
+    return folder if folder.count("/") > 1 else write.path

@@ -20,6 +20,7 @@ import pytest
 
 from lsmlab import host
 from lsmlab.errors import LsmlabError
+from lsmlab.terminal import clean
 from lsmlab.terms import CONTROL, ENFORCING_ARM, Arm, AttemptKind, Framework, Result, Verdict
 
 if TYPE_CHECKING:
@@ -188,7 +189,8 @@ class ScenarioItem(pytest.Item):
             capture.suspend_global_capture(in_=True)
         try:
             arm = ENFORCING_ARM[outcome.framework]
-            shell.open_on_attempt(session.bench(outcome.lab), self.case.scenario, arm, _to_look_at(outcome, self.case))
+            bench = session.bench(outcome.lab, self.case.scenario.packages)
+            shell.open_on_attempt(bench, self.case.scenario, arm, _to_look_at(outcome, self.case))
         except LsmlabError as error:
             return f"\nNo shell: {error}"
         finally:
@@ -236,7 +238,7 @@ class Lines:
     def note(self, text: str) -> None:
         """See `Progress.note`."""
         with self._lock:
-            self._terminal.write_line(text)
+            self._terminal.write_line(clean(text))
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
         """See `Progress.paused`."""
@@ -249,7 +251,7 @@ class LabSession:
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._resources = contextlib.ExitStack()
-        self._benches: dict[str, Bench | LsmlabError] = {}
+        self._benches: dict[tuple[str, ...], Bench | LsmlabError] = {}
         self._outcomes: dict[tuple[Path, Framework], Outcome] = {}
 
     @property
@@ -281,19 +283,26 @@ class LabSession:
         except LsmlabError:
             return False
 
-    def bench(self, name: str) -> Bench:
-        """The bench of the lab called `name`, opened on first use. Raises LsmlabError: the same one every time."""
-        if name not in self._benches:
+    def bench(self, name: str, packages: tuple[str, ...] = ()) -> Bench:
+        """The bench of the lab called `name`, with more packages, opened on first use.
+
+        Raises LsmlabError: the same one every time.
+        """
+        key = (name, *packages)
+        if key not in self._benches:
             from lsmlab import bench, discovery
 
             try:
                 opened = bench.open_bench(
-                    discovery.load_lab(name), self._progress(), accelerator=self._config.option.lsmlab_accel
+                    discovery.load_lab(name).with_packages(packages),
+                    self._progress(),
+                    accelerator=self._config.option.lsmlab_accel,
+                    guests=self._config.option.lsmlab_guests,
                 )
-                self._benches[name] = self._resources.enter_context(opened)
+                self._benches[key] = self._resources.enter_context(opened)
             except LsmlabError as error:
-                self._benches[name] = error  # building an image takes minutes: it is not tried for every test
-        found = self._benches[name]
+                self._benches[key] = error  # building an image takes minutes: it is not tried for every test
+        found = self._benches[key]
         if isinstance(found, LsmlabError):
             raise found
         return found
@@ -315,8 +324,8 @@ class LabSession:
             from lsmlab import run
             from lsmlab.store import Store
 
-            bench = self.bench(self.lab.id)
-            for outcome in run.run(bench, self._together(item), guests=self._config.option.lsmlab_guests):
+            bench = self.bench(self.lab.id, item.case.scenario.packages)
+            for outcome in run.run(bench, self._together(item)):
                 Store().add(outcome)
                 self._outcomes[item.path, outcome.framework] = outcome
         return self._outcomes[key]

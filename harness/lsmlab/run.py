@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import datetime
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lsmlab import attempt, dac, host, prepare, verdict
+from lsmlab import attempt, dac, prepare, verdict
 from lsmlab.attempt import Observation
-from lsmlab.bench import Bench, guest_budget
+from lsmlab.bench import Bench, guest_pool
 from lsmlab.errors import DefinitionError, LsmlabError
 from lsmlab.lab import Lab
-from lsmlab.machine import qemu, states
+from lsmlab.machine import states
 from lsmlab.machine.qemu import QemuMachine
 from lsmlab.outcome import ArmRecord, AttemptRecord, Outcome
 from lsmlab.scenario import Attempt, Scenario
-from lsmlab.terms import CONTROL, ENFORCING_ARM, LOGGING_ARM, Arm, Framework, Result, arms_of
+from lsmlab.terms import CONTROL, Arm, Framework, Kernel, Result, arms_of
 
-READY = "ready"
-"""The snapshot that every attempt starts from."""
+SET_UP, READY = "set-up", "ready"
+"""The snapshots: what the arms of a kernel start from, and what the attempts of an arm start from."""
+GUESTS_A_BOOT = 2
+"""A guest that dies is replaced once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,11 @@ class Case:
 
     scenario: Scenario
     framework: Framework
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """The arms that its verdict rests on, the control first and the enforcing one last."""
+        return arms_of(self.framework, self.scenario.control)
 
 
 def cases(scenarios: Sequence[Scenario], lab: Lab, frameworks: Sequence[Framework] | None = None) -> tuple[Case, ...]:
@@ -47,75 +53,112 @@ def cases(scenarios: Sequence[Scenario], lab: Lab, frameworks: Sequence[Framewor
     return tuple(Case(s, f) for s in scenarios for f in Framework if f in wanted and f in s.expected)
 
 
-def run(bench: Bench, wanted: Sequence[Case], *, guests: int | None = None) -> Iterator[Outcome]:
+def by_image(lab: Lab, wanted: Sequence[Case]) -> tuple[tuple[Lab, tuple[Case, ...]], ...]:
+    """`wanted` by the lab that serves it: `lab` itself first, then those with more packages in their image."""
+    found: dict[tuple[str, ...], tuple[Lab, list[Case]]] = {}
+    for case in wanted:
+        machine = lab.with_packages(case.scenario.packages)
+        found.setdefault(machine.image.packages, (machine, []))[1].append(case)
+    return tuple(
+        (machine, tuple(cases)) for _, (machine, cases) in sorted(found.items(), key=lambda item: len(item[0]))
+    )
+
+
+def run(bench: Bench, wanted: Sequence[Case]) -> Iterator[Outcome]:
     """Run every case; each outcome as soon as it and those before it are there. Guests die with an interruption.
 
     An arm that breaks is an error in its outcome, never an exception; the other arms go on.
     """
-    budget = guest_budget(bench.lab.memory_mib, guests)
-    order = sorted({(c.scenario.id, arm) for c in wanted for arm in arms_of(c.framework)}, key=_first_the_boots)
     scenarios = {c.scenario.id: c.scenario for c in wanted}
-    pool = concurrent.futures.ThreadPoolExecutor(budget.guests, thread_name_prefix="arm")
-    futures: dict[tuple[str, Arm], concurrent.futures.Future[ArmRecord]] = {}
-    try:
-        for name, arm in _in_turn(order, wanted):
-            futures[name, arm] = pool.submit(run_arm, bench, scenarios[name], arm)
+    with guest_pool(bench, "arm") as pool:
+        futures = {
+            (name, kernel): pool.submit(run_boot, bench, scenarios[name], arms)
+            for (name, kernel), arms in _boots(wanted).items()
+        }
         for case in wanted:
-            arms = {arm: futures[(case.scenario.id, arm)].result() for arm in arms_of(case.framework)}
-            yield conclude(bench, case, arms)
-    except BaseException:
-        bench.close()  # first: an arm that waits for its guest then starts none
-        for future in futures.values():
-            future.cancel()
-        qemu.stop_all()
-        host.stop_all()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+            records: dict[Arm, ArmRecord] = {}
+            for arm in case.arms:
+                records[arm] = futures[case.scenario.id, arm.kernel].result()[arm]
+            yield conclude(bench, case, records)
 
 
-def _first_the_boots(key: tuple[str, Arm]) -> int:
-    """Arms of different boots first: each boots its kernel while the others do theirs."""
-    order = (Arm.SELINUX_ENFORCING, Arm.APPARMOR_ENFORCE, Arm.DAC, Arm.SELINUX_PERMISSIVE, Arm.APPARMOR_COMPLAIN)
-    return order.index(key[1])
+def _boots(wanted: Sequence[Case]) -> dict[tuple[str, Kernel], tuple[Arm, ...]]:
+    """The arms of each scenario by the kernel that they share; scenario by scenario, so that outcomes come early."""
+    found: dict[tuple[str, Kernel], list[Arm]] = {}
+    for name in dict.fromkeys(c.scenario.id for c in wanted):
+        arms = dict.fromkeys(arm for c in wanted if c.scenario.id == name for arm in c.arms)
+        for arm in sorted(arms, key=lambda arm: arm is CONTROL):  # the control has one arm only: the shortest last
+            found.setdefault((name, arm.kernel), []).append(arm)
+    return {key: tuple(arms) for key, arms in found.items()}
 
 
-def _in_turn(order: Sequence[tuple[str, Arm]], wanted: Sequence[Case]) -> list[tuple[str, Arm]]:
-    """Scenario by scenario, so that the first outcome comes early; inside one, the boots first."""
-    ids = list(dict.fromkeys(c.scenario.id for c in wanted))
-    return sorted(order, key=lambda key: ids.index(key[0]))
+def run_boot(bench: Bench, scenario: Scenario, arms: Sequence[Arm]) -> dict[Arm, ArmRecord]:
+    """All attempts of `scenario` in the arms of one kernel, each from its arm's snapshot. What breaks is recorded.
+
+    The set-up is done once, in one guest. Where the guest dies, that arm is an error, and one other guest is started
+    for those that are left.
+    """
+    records: dict[Arm, ArmRecord] = {}
+    for _ in range(GUESTS_A_BOOT):
+        left = [arm for arm in arms if arm not in records]
+        if left:
+            records |= _run_boot(bench, scenario, left)
+    for arm in arms:
+        records.setdefault(arm, _broken(bench, arm, "the guest that was to run it died, twice"))
+    return records
 
 
-def run_arm(bench: Bench, scenario: Scenario, arm: Arm) -> ArmRecord:
-    """All attempts of `scenario` in one arm, each from the same snapshot. What breaks is in the record."""
-    task = f"{scenario.id} {arm}"
+def _broken(bench: Bench, arm: Arm, error: str, seconds: float = 0.0) -> ArmRecord:
+    return ArmRecord(arm=arm, command_line=states.command_line(bench.lab, arm.kernel), error=error, seconds=seconds)
+
+
+def _run_boot(bench: Bench, scenario: Scenario, arms: Sequence[Arm]) -> dict[Arm, ArmRecord]:
+    """The records of `arms`, or of the first of them, where the guest dies."""
+    kernel, task = arms[0].kernel, f"{scenario.id} {arms[0].kernel}"
+    plan = prepare.plan_of(scenario, bench.lab)
+    records: dict[Arm, ArmRecord] = {}
     start = time.monotonic()
-    line = states.command_line(bench.lab, arm.kernel)
-    record = ArmRecord(arm=arm, command_line=line)
     try:
-        with bench.guest(arm.kernel, task) as machine:
-            record = _attempts(bench, machine, scenario, arm, task)
-    except (LsmlabError, OSError) as error:
-        record = ArmRecord(arm=arm, command_line=line, error=str(error))
+        with bench.guest(kernel, task) as machine:
+            bench.progress.step(task, "set-up: policy, files, users")
+            to_start = prepare.set_up(machine.channel, arms[0], plan, bench.image)
+            if len(arms) > 1:
+                machine.snapshot(SET_UP)
+            for number, arm in enumerate(arms):
+                try:
+                    if number:
+                        machine.restore(SET_UP)
+                    record = _attempts(bench, machine, scenario, plan, arm, task, start=to_start)
+                except (LsmlabError, OSError) as error:
+                    record = _broken(bench, arm, str(error))
+                seconds = round(time.monotonic() - start, 3)
+                records[arm] = record.model_copy(update={"seconds": seconds})
+                start = time.monotonic()
+                if not machine.running:
+                    break
+    except (LsmlabError, OSError) as error:  # no guest, or no set-up: then no arm
+        seconds = round(time.monotonic() - start, 3)
+        records = {arm: records.get(arm) or _broken(bench, arm, str(error), seconds) for arm in arms}
     finally:
         bench.progress.done(task)
-    return record.model_copy(update={"seconds": round(time.monotonic() - start, 3), "command_line": line})
+    return records
 
 
-def _attempts(bench: Bench, machine: QemuMachine, scenario: Scenario, arm: Arm, task: str) -> ArmRecord:
-    plan = prepare.plan_of(scenario, bench.lab)
-    bench.progress.step(task, "entering the arm: set-up, policy, mode, service")
-    prepared = prepare.bring_into(machine.channel, arm, plan, bench.image)
+def _attempts(
+    bench: Bench, machine: QemuMachine, scenario: Scenario, plan: prepare.Plan, arm: Arm, task: str, *, start: bool
+) -> ArmRecord:
+    bench.progress.step(task, f"{arm}: mode, service")
+    prepared = prepare.enter(machine.channel, arm, plan, start=start)
     opened = attempt.open_window(machine.channel, plan.unit, plan.object_path)
     machine.snapshot(READY)
     records: list[AttemptRecord] = []
     for number, spec in enumerate(scenario.attempts):
-        bench.progress.step(task, f"{spec.kind} {spec.id}")
+        bench.progress.step(task, f"{arm}: {spec.kind} {spec.id}")
         try:
             if number:
                 machine.restore(READY)
             seen = attempt.make(machine.channel, spec, plan.unit, opened)
-            records.append(judge_attempt(scenario, spec, arm, seen))
+            records.append(judge_attempt(scenario, spec, arm, seen, bench.lab.id))
         except LsmlabError as error:  # what the other attempts proved stays proved
             records.append(_failed(spec, str(error)))
             if not machine.running:
@@ -123,6 +166,7 @@ def _attempts(bench: Bench, machine: QemuMachine, scenario: Scenario, arm: Arm, 
     subjects = {scenario.subject_name(f) for f in scenario.expected}
     return ArmRecord(
         arm=arm,
+        command_line=states.command_line(bench.lab, arm.kernel),
         service_active=prepared.service_active,
         setup_denials=tuple(d for d in prepared.setup_denials if d.subject_domain in subjects),
         lsm=opened.mode.lsm,
@@ -134,18 +178,25 @@ def _failed(spec: Attempt, reason: str) -> AttemptRecord:
     return AttemptRecord(attempt=spec.id, kind=spec.kind, result=Result.FAILED, reason=reason)
 
 
-def judge_attempt(scenario: Scenario, spec: Attempt, arm: Arm, seen: Observation) -> AttemptRecord:
-    """One attempt's facts, judged: result, own denials, the denial that accounts for a block, DAC's explanation."""
+def judge_attempt(scenario: Scenario, spec: Attempt, arm: Arm, seen: Observation, lab: str) -> AttemptRecord:
+    """One attempt's facts, judged: result, own denials, the denial that accounts for a block, DAC's explanation.
+
+    `lab`: the id of the lab whose expectation counts.
+    """
     framework = arm.framework
     subject = scenario.subject_name(framework) if framework else ""
     judgement = verdict.judge(spec, arm, seen, subject)
     attribution = None
-    if framework is not None and judgement.result is Result.BLOCKED:
-        expectation = scenario.expected.get(framework)
-        denial = next((d for d in expectation.denials if d.attempt == spec.id), None) if expectation else None
-        attribution = verdict.attribute(scenario, framework, denial, seen)
+    if framework in scenario.expected and judgement.result in {Result.BLOCKED, Result.ALLOWED}:
+        denials = scenario.expectation(framework, lab).denials
+        denial = next((d for d in denials if d.attempt == spec.id), None)
+        found = verdict.attribute(scenario, framework, denial, seen)
+        if judgement.result is Result.BLOCKED:
+            attribution = found
+        elif denial is not None:
+            judgement = verdict.settle(judgement, found)
     explanation = None
-    if seen.subject_before.workers and seen.object.exists:
+    if seen.subject_before.workers and seen.object is not None and seen.object.exists:
         explanation = dac.explain(seen.subject_before.workers[0], seen.object, scenario.dac.access)
     return AttemptRecord(
         attempt=spec.id,
@@ -162,8 +213,8 @@ def judge_attempt(scenario: Scenario, spec: Attempt, arm: Arm, seen: Observation
 def conclude(bench: Bench, case: Case, arms: dict[Arm, ArmRecord]) -> Outcome:
     """The outcome of one case from the records of its arms."""
     scenario, framework = case.scenario, case.framework
-    conclusion = verdict.conclude(framework, arms)
-    expectation = scenario.expected[framework]
+    conclusion = verdict.conclude(framework, arms, scenario.control)
+    expectation = scenario.expectation(framework, bench.lab.id)
     return Outcome(
         id=uuid.uuid4().hex[:12],
         recorded=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -178,5 +229,5 @@ def conclude(bench: Bench, case: Case, arms: dict[Arm, ArmRecord]) -> Outcome:
         because=expectation.because,
         reason=conclusion.reason,
         environment=bench.environment,
-        arms=tuple(arms[a] for a in (CONTROL, LOGGING_ARM[framework], ENFORCING_ARM[framework])),
+        arms=tuple(arms[arm] for arm in case.arms),
     )

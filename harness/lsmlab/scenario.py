@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,14 +16,16 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from lsmlab import definition
 from lsmlab.definition import Definition, Strict
 from lsmlab.errors import DefinitionError
-from lsmlab.lab import Identifier
-from lsmlab.terms import AttemptKind, Framework, Verdict
+from lsmlab.lab import Identifier, PackageName, UnitName
+from lsmlab.terms import AttemptKind, Control, Framework, Verdict
 
 KIND = "lsmlab/scenario"
 FILE_NAME = "scenario.yaml"
-FILE_KEYS = frozenset({"from", "modules", "profiles"})
+FILE_KEYS = frozenset({"from", "modules", "profiles", "falsified_by"})
 
 CANARY = "{canary}"
+INODE_CLASSES = frozenset({"file", "dir", "lnk_file", "chr_file", "blk_file", "sock_file", "fifo_file"})
+"""SELinux's classes of what has a path and an inode."""
 GuestPath = Annotated[str, StringConstraints(pattern=r"^/[^\x00\n]*$")]
 Words = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -45,22 +48,41 @@ def _distinct_names(paths: tuple[Path, ...]) -> tuple[Path, ...]:
 
 
 class Subject(Strict):
-    """Who acts: a service of the lab, and the domain and profile that it must be found in."""
+    """Who acts: a service of the lab, or a unit of the scenario's own; and the domain and profile it must be in."""
 
-    service: Identifier
+    service: Identifier | None = None
+    unit: UnitName | None = None
+    """A systemd unit that the set-up writes."""
     selinux: str | None = None
     """The SELinux type (domain), such as httpd_t."""
     apparmor: str | None = None
     """The AppArmor profile's name."""
 
+    @model_validator(mode="after")
+    def _one(self) -> Subject:
+        if (self.service is None) == (self.unit is None):
+            raise ValueError("expected either `service` (one of the lab) or `unit` (one that the set-up writes)")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The service's name, for people."""
+        return self.service or (self.unit or "").removesuffix(".service")
+
 
 class Object(Strict):
-    """What is acted upon."""
+    """What is acted upon. It has a path where its class is one of files."""
 
-    path: GuestPath
+    path: GuestPath | None = None
     tclass: str = Field(default="file", alias="class")
     selinux: str | None = None
     """The SELinux type of the object, such as shadow_t."""
+
+    @model_validator(mode="after")
+    def _has_path(self) -> Object:
+        if self.path is None and self.tclass in INODE_CLASSES:
+            raise ValueError(f"path is missing: an object of class {self.tclass} has one")
+        return self
 
 
 class Write(Strict):
@@ -105,6 +127,8 @@ class HttpRequest(Strict):
     path: str = Field(pattern=r"^/\S*$")
     method: str = Field(default="GET", pattern=r"^[A-Z]+$")
     port: int = Field(default=80, ge=1, le=65535)
+    body: str | None = None
+    """What is sent along, as UTF-8."""
 
 
 class Canary(Strict):
@@ -170,6 +194,8 @@ class Attempt(Strict):
     allowed_if: AllowedIf
     blocked_if: tuple[BlockedIf, ...] = Field(default=())
     """Signs of a block, any of which counts. A `run` that fails with EACCES or EPERM always counts."""
+    changes_mac: bool = False
+    """Where it succeeds, a mode, a policy, a boolean or a profile is another one afterwards: that is the attack."""
     timeout: int = Field(default=15, ge=1, le=300)
     """Seconds."""
 
@@ -189,8 +215,12 @@ class Attempt(Strict):
             )
         if proof.output is None and proof.effect is None:
             raise ValueError("allowed_if proves nothing: expected `output` or `effect`")
+        if self.changes_mac and self.kind is AttemptKind.BENIGN:
+            raise ValueError("changes_mac is for attacks; benign work that changes MAC is a fault of the scenario")
         if self.http is None and (proof.status or any(b.status for b in self.blocked_if)):
             raise ValueError("`status` is an HTTP status; this attempt is not an http one")
+        if self.http is not None and any(b.exit or b.signal for b in self.blocked_if):
+            raise ValueError("`exit` and `signal` are a command's end; an http attempt has none")
         if self.http is not None and not self.blocked_if:
             raise ValueError("an http attempt needs `blocked_if`, such as `- status: 403`")
         return self
@@ -200,8 +230,10 @@ class DenialExpectation(Strict):
     """The kernel's record that must account for a block. What is not said is taken from subject and object."""
 
     attempt: Identifier
-    permissions: Words
+    permissions: tuple[str, ...] = Field(default=())
     """Permissions of which at least one must be in the record: `read` (SELinux) or `r` (AppArmor)."""
+    subject: str | None = None
+    """The domain or profile that is denied, where it is not the scenario's subject: a child profile, a hat."""
     tclass: str | None = Field(default=None, alias="class")
     """SELinux: the object class. AppArmor: the rule class (file, cap, net, ...)."""
     selinux_object: str | None = None
@@ -211,14 +243,30 @@ class DenialExpectation(Strict):
     operation: str | None = None
     """AppArmor: the operation, such as open or exec."""
 
+    @model_validator(mode="after")
+    def _says_something(self) -> DenialExpectation:
+        if not self.permissions and self.operation is None:
+            raise ValueError("expected `permissions`, or AppArmor's `operation`")
+        return self
 
-class Expectation(Strict):
-    """What one framework is expected to do."""
+
+class LabExpectation(Strict):
+    """What one framework is expected to do on one lab."""
 
     verdict: Verdict
     because: str
     """The reason, from the policy; written before the first run."""
     denials: tuple[DenialExpectation, ...] = Field(default=())
+    falsified_by: tuple[Path, ...] = Field(default=())
+    """What `run --falsify` loads instead of the scenario's modules or profiles, where adding the denied rules does not
+    weaken it: a constraint, an explicit deny."""
+    _names = field_validator("falsified_by")(_distinct_names)
+
+
+class Expectation(LabExpectation):
+    """What one framework is expected to do: on every lab, but for those that are named."""
+
+    labs: dict[Identifier, LabExpectation] = Field(default_factory=dict)
 
 
 class SelinuxPolicy(Strict):
@@ -235,6 +283,8 @@ class ApparmorPolicy(Strict):
 
     profiles: tuple[Path, ...] = Field(default=())
     _names = field_validator("profiles")(_distinct_names)
+    shipped: tuple[GuestPath, ...] = Field(default=())
+    """Profiles that the distribution ships, such as /etc/apparmor.d/usr.sbin.named."""
 
 
 class Dac(Strict):
@@ -242,6 +292,14 @@ class Dac(Strict):
 
     opened_by: str
     access: Literal["read", "write", "execute"] = "read"
+
+
+class Difficulty(StrEnum):
+    """For whom a scenario is a good exercise."""
+
+    BEGINNER = "beginner"
+    INTERMEDIATE = "intermediate"
+    ADVANCED = "advanced"
 
 
 class Scenario(Definition):
@@ -253,12 +311,17 @@ class Scenario(Definition):
     story: str
     technique: str = Field(pattern=r"^T\d{4}(\.\d{3})?$")
     """MITRE ATT&CK technique."""
+    difficulty: Difficulty = Difficulty.BEGINNER
     tags: tuple[str, ...] = Field(default=())
+    packages: tuple[PackageName, ...] = Field(default=())
+    """Debian packages that it needs besides the lab's."""
+    control: Control = Control.DAC
+    """What the enforcing arm is compared with."""
     subject: Subject
     object: Object
     dac: Dac
     setup: tuple[Step, ...] = Field(default=())
-    """Done once an arm, before the service is started in the mode under test."""
+    """Done once for the arms of a kernel, before the service is started in the mode under test."""
     after_start: tuple[Step, ...] = Field(default=())
     """Done once an arm, after the service was started."""
     selinux: SelinuxPolicy = SelinuxPolicy()
@@ -277,18 +340,30 @@ class Scenario(Definition):
             raise ValueError("attempts: expected at least one of kind attack")
         if not self.expected:
             raise ValueError("expected: expected selinux, apparmor or both")
+        changing = next((n for n, a in enumerate(self.attempts) if a.changes_mac), None)
+        if changing is not None and self.control is Control.DAC:
+            raise ValueError(
+                f"attempts.{changing}: an attack that changes MAC has no object where there is none: "
+                f"it needs `control: {Control.UNCONFINED}`"
+            )
         for framework, expectation in self.expected.items():
-            self._check_expectation(framework, expectation, attacks)
+            self._check_expectation(framework, f"expected.{framework}", expectation, attacks)
+            for lab, other in expectation.labs.items():
+                self._check_expectation(framework, f"expected.{framework}.labs.{lab}", other, attacks)
         return self
 
-    def _check_expectation(self, framework: Framework, expectation: Expectation, attacks: list[str]) -> None:
-        at = f"expected.{framework}"
+    def _check_expectation(
+        self, framework: Framework, at: str, expectation: LabExpectation, attacks: list[str]
+    ) -> None:
         name = self.subject.selinux if framework is Framework.SELINUX else self.subject.apparmor
         if name is None:
             raise ValueError(f"{at}: subject.{framework} is missing: the domain or profile that must be found")
         for denial in expectation.denials:
             if denial.attempt not in attacks:
                 raise ValueError(f"{at}.denials: {denial.attempt!r} is no attack of this scenario")
+            vague = denial.path is None and denial.tclass is None and denial.operation is None
+            if framework is Framework.APPARMOR and vague and self.object.path is None:
+                raise ValueError(f"{at}.denials: the object has no path; expected `class`, `operation` or `path`")
         covered = {d.attempt for d in expectation.denials}
         uncovered = [a for a in attacks if a not in covered]
         if expectation.verdict is Verdict.CONTAINED and uncovered:
@@ -304,6 +379,11 @@ class Scenario(Definition):
         """The attempts that must keep working."""
         return tuple(a for a in self.attempts if a.kind is AttemptKind.BENIGN)
 
+    def expectation(self, framework: Framework, lab: str) -> LabExpectation:
+        """What `framework` is expected to do on `lab`. Raises KeyError where nothing is expected of it."""
+        expected = self.expected[framework]
+        return expected.labs.get(lab, expected)
+
     def subject_name(self, framework: Framework) -> str:
         """The domain or profile in which the subject must be found under `framework`."""
         name = self.subject.selinux if framework is Framework.SELINUX else self.subject.apparmor
@@ -312,8 +392,10 @@ class Scenario(Definition):
     def files(self) -> tuple[Path, ...]:
         """Every file beside the definition that the scenario uses, in a stable order."""
         steps = (*self.setup, *self.after_start)
+        expected = [e for one in self.expected.values() for e in (one, *one.labs.values())]
         sources = [s.write.source for s in steps if s.write is not None and s.write.source is not None]
-        return (*sources, *self.selinux.modules, *self.apparmor.profiles)
+        weaker = [path for expectation in expected for path in expectation.falsified_by]
+        return (*sources, *self.selinux.modules, *self.apparmor.profiles, *weaker)
 
     def digest(self) -> str:
         """SHA-256 over the definition and the content of its files; where the folder lies does not matter."""

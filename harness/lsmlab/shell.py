@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -17,23 +19,43 @@ from collections.abc import Iterator, Sequence
 from lsmlab import attempt, prepare
 from lsmlab.bench import Bench
 from lsmlab.channel.base import Channel, CommandResult
-from lsmlab.errors import ChannelError, DefinitionError, HostError, LsmlabError
+from lsmlab.definition import unknown_name
+from lsmlab.errors import ChannelError, HostError, LsmlabError
 from lsmlab.framework import FRAMEWORKS
 from lsmlab.framework.base import PolicyUnderTest
 from lsmlab.machine.qemu import QemuMachine
-from lsmlab.scenario import Scenario
+from lsmlab.scenario import Attempt, Scenario
 from lsmlab.terms import Arm
 
 DETACH = b"\x1d"
 """Ctrl-]: leaves the shell, as in telnet and virsh console."""
 FOREVER = 7 * 24 * 3600.0
+PROMPT = re.compile(rb"[a-z-]+\x1b\[0m:[^\r\n]*# $")
+"""The end of what /etc/profile.d/lsmlab.sh of the images has bash print."""
+PROMPT_BYTES = 400
+
+BY_HAND = "/run/lsmlab-attack"
+ATTACK = f"""#!/usr/bin/python3 -I
+# attack COMMAND...: run it as the service, as lsmlab does.
+import base64, json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as link, link.makefile("rwb") as stream:
+    link.connect("{BY_HAND}")
+    stream.write(json.dumps(sys.argv[1:]).encode() + b"\\n")
+    stream.flush()
+    done = json.loads(stream.read() or '"the agent does not answer"')
+if isinstance(done, str):
+    sys.exit(done)
+os.write(1, base64.b64decode(done["out"]))
+os.write(2, base64.b64decode(done["err"]))
+sys.exit(124 if done["timed_out"] else done["exit_code"] if done["signal"] is None else 128 + done["signal"])
+"""
 
 
 def open_on_arm(bench: Bench, arm: Arm, scenario: Scenario | None = None) -> None:
     """Give the terminal a root shell in a fresh guest of `arm`, set up for `scenario` where one is named."""
     need_terminal()
-    with bench.guest(arm.kernel, f"shell {arm}") as machine:
-        _enter(bench, machine, arm, scenario)
+    with bench.guest(arm.kernel, f"shell {arm}", kept_open=True) as machine:
+        _enter(bench, machine, arm, scenario, f"shell {arm}")
         bench.progress.done(f"shell {arm}")
         with bench.progress.paused():
             attach(machine)
@@ -42,11 +64,9 @@ def open_on_arm(bench: Bench, arm: Arm, scenario: Scenario | None = None) -> Non
 def open_on_attempt(bench: Bench, scenario: Scenario, arm: Arm, attempt_id: str) -> None:
     """Make one attempt of `scenario` in a fresh guest of `arm`, and give the terminal a root shell in what it left."""
     need_terminal()
-    spec = next((a for a in scenario.attempts if a.id == attempt_id), None)
-    if spec is None:
-        raise DefinitionError(f"scenario {scenario.id} has no attempt {attempt_id!r}")
-    with bench.guest(arm.kernel, f"shell {arm}") as machine:
-        plan = _enter(bench, machine, arm, scenario)
+    spec = attempt_of(scenario, attempt_id)
+    with bench.guest(arm.kernel, f"shell {arm}", kept_open=True) as machine:
+        plan = _enter(bench, machine, arm, scenario, f"shell {arm}")
         assert plan is not None
         bench.progress.step(f"shell {arm}", f"{spec.kind} {spec.id}")
         opened = attempt.open_window(machine.channel, plan.unit, plan.object_path)
@@ -56,16 +76,69 @@ def open_on_attempt(bench: Bench, scenario: Scenario, arm: Arm, attempt_id: str)
             attach(machine)
 
 
+def open_before_attempt(
+    bench: Bench, scenario: Scenario, arm: Arm, spec: Attempt, argv: Sequence[str] = ()
+) -> CommandResult | None:
+    """A root shell in a fresh guest of `arm` in the state just before an attempt, its command ready at the prompt.
+
+    The canary is planted. With `argv` that command is run there instead, and its result returned.
+    """
+    with bench.guest(arm.kernel, f"rewind {arm}", kept_open=True) as machine:
+        plan = _enter(bench, machine, arm, scenario, f"rewind {arm}")
+        assert plan is not None
+        opened = attempt.open_window(machine.channel, plan.unit, plan.object_path)
+        canary = attempt.plant(machine.channel, spec)
+        typed = _by_hand(machine.channel, spec, opened)
+        bench.progress.done(f"rewind {arm}")
+        if argv:
+            return machine.channel.run(argv, timeout=FOREVER)
+        with bench.progress.paused():
+            sys.stderr.write(_briefing(scenario, arm, spec, canary))
+            attach(machine, typed=typed)
+    return None
+
+
+def attempt_of(scenario: Scenario, attempt_id: str) -> Attempt:
+    """The attempt called `attempt_id`. Raises DefinitionError with the nearest name."""
+    spec = next((a for a in scenario.attempts if a.id == attempt_id), None)
+    if spec is None:
+        raise unknown_name(f"attempt of scenario {scenario.id}", attempt_id, [a.id for a in scenario.attempts])
+    return spec
+
+
+def _by_hand(channel: Channel, spec: Attempt, opened: attempt.Opened) -> str:
+    """The command line that does what the attempt does. What it needs is put into the guest."""
+    if spec.http is not None:
+        method = [] if spec.http.method == "GET" and spec.http.body is None else ["--request", spec.http.method]
+        body = [] if spec.http.body is None else ["--data-raw", spec.http.body, "--header", "Content-Type:"]
+        return shlex.join(["curl", "--include", "--path-as-is", "--globoff", *method, *body, attempt.url_of(spec)])
+    assert spec.run is not None
+    command = attempt.command_as(spec, opened.subject, attempt.fresh_auid())
+    channel.ask("offer", path=BY_HAND, who=command["who"], timeout=spec.timeout)
+    channel.write_file("/usr/local/bin/attack", ATTACK.encode(), mode=0o755)
+    return shlex.join(["attack", *spec.run])
+
+
+def _briefing(scenario: Scenario, arm: Arm, spec: Attempt, canary: str) -> str:
+    lines = [f"{scenario.title}: just before {spec.kind} {spec.id}, arm {arm}. Press Enter to make it."]
+    if spec.canary is not None:
+        lines.append(f"Planted in {spec.canary.file}: {canary}")
+    if spec.allowed_if.effect is not None:
+        lines.append(f"Its effect shows in: {shlex.join(spec.allowed_if.effect.run)}")
+    lines.append("The kernel's record afterwards: tail /var/log/audit/audit.log")
+    return "".join(f"{line}\n" for line in lines)
+
+
 def run_on_arm(bench: Bench, arm: Arm, argv: Sequence[str], scenario: Scenario | None = None) -> CommandResult:
     """Run one command as root in a fresh guest of `arm`."""
-    with bench.guest(arm.kernel, f"shell {arm}") as machine:
-        _enter(bench, machine, arm, scenario)
+    with bench.guest(arm.kernel, f"shell {arm}", kept_open=True) as machine:
+        _enter(bench, machine, arm, scenario, f"shell {arm}")
         bench.progress.done(f"shell {arm}")
         return machine.channel.run(argv, timeout=FOREVER)
 
 
-def _enter(bench: Bench, machine: QemuMachine, arm: Arm, scenario: Scenario | None) -> prepare.Plan | None:
-    bench.progress.step(f"shell {arm}", "entering the arm")
+def _enter(bench: Bench, machine: QemuMachine, arm: Arm, scenario: Scenario | None, task: str) -> prepare.Plan | None:
+    bench.progress.step(task, "entering the arm")
     if scenario is not None:
         plan = prepare.plan_of(scenario, bench.lab)
         prepare.bring_into(machine.channel, arm, plan, bench.image)
@@ -80,12 +153,15 @@ def need_terminal() -> None:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise HostError(
             "a shell needs a terminal, and standard input or output is none",
-            hint="Give a command instead: lsmlab shell LAB --arm ARM -- id -Z",
+            hint="Give a command instead, behind `--`: ... -- ls -l /etc/shadow",
         )
 
 
-def attach(machine: QemuMachine) -> None:
-    """Connect this terminal to the guest's console until the shell ends or Ctrl-] is pressed."""
+def attach(machine: QemuMachine, *, typed: str = "") -> None:
+    """Connect this terminal to the guest's console until the shell ends or Ctrl-] is pressed.
+
+    `typed` is put at the first prompt, as if the user had typed it and not yet pressed Enter.
+    """
     console = machine.terminal_socket
     assert console is not None
     _fit(machine.channel)
@@ -102,7 +178,7 @@ def attach(machine: QemuMachine) -> None:
     threading.Thread(target=wait_for_the_end, daemon=True).start()
     sys.stderr.write("Root shell in the guest; it is thrown away afterwards. Leave with `exit` or Ctrl-].\r\n")
     with _raw(machine.channel), wake, waker:
-        _pump(console, wake)
+        _pump(console, wake, typed.encode())
     sys.stderr.write("\n")
 
 
@@ -131,8 +207,9 @@ def _fit(channel: Channel) -> None:
         channel.run(["systemctl", "set-environment", f"TERM={os.environ.get('TERM', 'vt220')}"])
 
 
-def _pump(console: socket.socket, wake: socket.socket) -> None:
+def _pump(console: socket.socket, wake: socket.socket, typed: bytes) -> None:
     keyboard, screen = sys.stdin.fileno(), sys.stdout.fileno()
+    shown = b""
     while True:
         ready, _, _ = select.select([keyboard, console, wake], [], [])
         if console in ready:
@@ -140,10 +217,14 @@ def _pump(console: socket.socket, wake: socket.socket) -> None:
             if not data:
                 return
             os.write(screen, data)
+            shown = (shown + data)[-PROMPT_BYTES:]
+            if typed and PROMPT.search(shown):
+                console.sendall(typed)
+                typed = b""
         elif wake in ready:
             return
         if keyboard in ready:
-            typed = os.read(keyboard, 4096)
-            if not typed or DETACH in typed:
+            keys = os.read(keyboard, 4096)
+            if not keys or DETACH in keys:
                 return
-            console.sendall(typed)
+            console.sendall(keys)

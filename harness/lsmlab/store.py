@@ -58,7 +58,8 @@ class Store:
             ) from error
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
-        found, owner = (connection.execute(f"PRAGMA {p}").fetchone()[0] for p in ("user_version", "application_id"))
+        # In this order: both are set by one commit, which may come between the two
+        owner, found = (connection.execute(f"PRAGMA {p}").fetchone()[0] for p in ("application_id", "user_version"))
         if (found, owner) == (VERSION, APPLICATION):
             return
         if owner == APPLICATION:
@@ -101,6 +102,14 @@ class Store:
             )
             return int(cursor.lastrowid or 0)
 
+    def update(self, outcome: Outcome) -> None:
+        """Keep more of an outcome that is kept already: its record is replaced whole, or not at all."""
+        with self._open() as connection:
+            document = outcome.model_dump_json(exclude={"as_expected"})
+            found = connection.execute("UPDATE outcomes SET document = ? WHERE id = ?", (document, outcome.id))
+            if found.rowcount != 1:
+                raise StoreError(f"{self.path}: outcome {outcome.id} is not there any more")
+
     def recent(self, limit: int = 20) -> list[tuple[int, Outcome]]:
         """The newest outcomes, newest first."""
         with self._open() as connection:
@@ -108,6 +117,15 @@ class Store:
                 "SELECT number, document FROM outcomes ORDER BY number DESC LIMIT ?", (limit,)
             ).fetchall()
         return [(number, self._read(number, document)) for number, document in rows]
+
+    def newest(self) -> list[Outcome]:
+        """The newest outcome of each scenario, lab and framework, oldest first."""
+        with self._open() as connection:
+            rows = connection.execute(
+                "SELECT number, document FROM outcomes WHERE number IN"
+                " (SELECT max(number) FROM outcomes GROUP BY scenario, lab, framework) ORDER BY number"
+            ).fetchall()
+        return [self._read(number, document) for number, document in rows]
 
     def get(self, key: str) -> tuple[int, Outcome]:
         """The outcome with the number or id (or its beginning) `key`. Raises DefinitionError where there is none."""

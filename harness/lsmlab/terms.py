@@ -33,6 +33,8 @@ class Arm(StrEnum):
     SELINUX_ENFORCING = "selinux-enforcing"
     APPARMOR_COMPLAIN = "apparmor-complain"
     APPARMOR_ENFORCE = "apparmor-enforce"
+    SELINUX_UNCONFINED = "selinux-unconfined"
+    APPARMOR_UNCONFINED = "apparmor-unconfined"
 
     @property
     def framework(self) -> Framework | None:
@@ -46,17 +48,41 @@ class Arm(StrEnum):
 
     @property
     def enforcing(self) -> bool:
-        """True where MAC decides; False where it is absent or only logs."""
+        """True where MAC decides over the subject; False where it is absent, only logs, or does not confine it."""
         return self in {Arm.SELINUX_ENFORCING, Arm.APPARMOR_ENFORCE}
+
+    @property
+    def logging(self) -> bool:
+        """True where MAC only logs what it would refuse."""
+        return self in {Arm.SELINUX_PERMISSIVE, Arm.APPARMOR_COMPLAIN}
+
+    @property
+    def unconfined(self) -> bool:
+        """True where MAC is enforced, and the subject runs outside its domain or profile: the weaker control."""
+        return self in {Arm.SELINUX_UNCONFINED, Arm.APPARMOR_UNCONFINED}
+
+
+class Control(StrEnum):
+    """What an enforcing arm is compared with: no MAC at all, or a subject that MAC does not confine."""
+
+    DAC = "dac"
+    UNCONFINED = "unconfined"
 
 
 CONTROL = Arm.DAC
 LOGGING_ARM = {Framework.SELINUX: Arm.SELINUX_PERMISSIVE, Framework.APPARMOR: Arm.APPARMOR_COMPLAIN}
+UNCONFINED_ARM = {Framework.SELINUX: Arm.SELINUX_UNCONFINED, Framework.APPARMOR: Arm.APPARMOR_UNCONFINED}
 ENFORCING_ARM = {Framework.SELINUX: Arm.SELINUX_ENFORCING, Framework.APPARMOR: Arm.APPARMOR_ENFORCE}
 
 
-def arms_of(framework: Framework) -> tuple[Arm, Arm, Arm]:
-    """The three arms that one framework's verdict rests on: control, logging, enforcing."""
+def arms_of(framework: Framework, control: Control = Control.DAC) -> tuple[Arm, ...]:
+    """The arms that one framework's verdict rests on: the control first, the enforcing one last.
+
+    Between them the logging one; with the weaker control there is none, since what an attack on MAC changes does not
+    show where MAC only logs.
+    """
+    if control is Control.UNCONFINED:
+        return (UNCONFINED_ARM[framework], ENFORCING_ARM[framework])
     return (CONTROL, LOGGING_ARM[framework], ENFORCING_ARM[framework])
 
 

@@ -77,7 +77,7 @@ def channel_of(name: str) -> Channel:
         if arm not in bench.lab.arms:
             raise definition.unknown_name(f"arm of lab {lab}", arm, list(bench.lab.arms))
         with contextlib.ExitStack() as starting:
-            machine = starting.enter_context(bench.guest(arm.kernel, f"host {arm}"))
+            machine = starting.enter_context(bench.guest(arm.kernel, f"host {arm}", kept_open=True))
             prepare.mark(machine.channel, arm)
             FRAMEWORKS[arm.framework].enter(machine.channel, arm, PolicyUnderTest())
             _resources.push(starting.pop_all())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lsmlab import attempt, dac, evidence, host, prepare, verdict
+from lsmlab import attempt, dac, evidence, prepare, verdict
 from lsmlab.attempt import Observation, Opened
-from lsmlab.bench import Bench, guest_budget
+from lsmlab.bench import Bench, guest_pool
 from lsmlab.dac import DacExplanation
 from lsmlab.definition import Strict
 from lsmlab.errors import LsmlabError, SetupError
@@ -59,19 +58,11 @@ class TrialArm(Strict):
     dac: DacExplanation | None = None
 
 
-def ask(bench: Bench, question: Question, arms: Sequence[Arm], *, guests: int | None = None) -> list[TrialArm]:
+def ask(bench: Bench, question: Question, arms: Sequence[Arm]) -> list[TrialArm]:
     """The answer of each arm, in the order of `arms`. Guests die with an interruption."""
     bench.lab.service(question.service)
-    budget = guest_budget(bench.lab.memory_mib, guests)
-    with concurrent.futures.ThreadPoolExecutor(budget.guests, thread_name_prefix="try") as pool:
-        try:
-            return list(pool.map(lambda arm: _ask(bench, question, arm), arms))
-        except BaseException:
-            bench.close()
-            qemu.stop_all()
-            host.stop_all()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with guest_pool(bench, "try") as pool:
+        return list(pool.map(lambda arm: _ask(bench, question, arm), arms))
 
 
 def _ask(bench: Bench, question: Question, arm: Arm) -> TrialArm:
@@ -85,7 +76,7 @@ def _ask(bench: Bench, question: Question, arm: Arm) -> TrialArm:
                 setup=(),
                 after_start=(),
                 policy=PolicyUnderTest(apparmor_profiles=(profile,) if profile else ()),
-                object_path=question.object_path or "/",
+                object_path=question.object_path,
             )
             bench.progress.step(task, f"starting {question.service} in the mode under test")
             prepared = prepare.bring_into(machine.channel, arm, plan, bench.image)
@@ -140,7 +131,7 @@ def observe(question: Question, arm: Arm, seen: Observation) -> TrialArm:
     denials = verdict.own_denials(seen)
     worker = seen.subject_before.workers[0]
     explanation = None
-    if question.object_path is not None:
+    if question.object_path is not None and seen.object is not None:
         explanation = dac.explain(worker, seen.object, question.access)
     result, by, reason = _in_words(arm, seen, records, denials, explanation)
     return TrialArm(
@@ -168,8 +159,8 @@ def _in_words(
     """Result, who refused, and why."""
     profile = seen.subject_before.workers[0].domain if arm.framework else ""
     problem = verdict.failure(arm, seen, records, profile)
-    if problem or (seen.exit_code == 97 and seen.errors.startswith("lsmlab: ")):  # see guest/run-as.sh
-        return "error", "", problem or seen.errors.removeprefix("lsmlab: ").strip()
+    if problem:
+        return "error", "", problem
     ran_in = verdict.ran_in(seen, records)
     if arm.framework is not None and ran_in is not None and ran_in != profile:
         return "error", "", f"the command ran in {ran_in or 'no domain'}, and the service is in {profile or 'none'}"
@@ -183,7 +174,7 @@ def _in_words(
         return "refused", "DAC", explanation.rule
     cause = cause or next(iter(effective), None)
     if cause is not None:
-        what = f"{{ {' '.join(cause.permissions)} }} {cause.name}".strip()
+        what = f"{{ {cause.access} }} {cause.name}".strip()
         return "refused", cause.framework.display, what
     return "failed", "", verdict.ending(seen)
 

@@ -15,25 +15,25 @@ from lsmlab.attempt import Observation
 from lsmlab.dac import DacExplanation
 from lsmlab.definition import Strict
 from lsmlab.evidence import Denial, Record
-from lsmlab.facts import ModeFacts, SubjectFacts, domain_of
-from lsmlab.scenario import CANARY, Attempt, BlockedIf, DenialExpectation, Scenario
+from lsmlab.facts import ModeFacts, Process, SubjectFacts, domain_of
+from lsmlab.scenario import CANARY, INODE_CLASSES, Attempt, BlockedIf, DenialExpectation, Scenario
 from lsmlab.terms import (
-    CONTROL,
-    ENFORCING_ARM,
-    LOGGING_ARM,
     Arm,
     AttemptKind,
+    Control,
     Framework,
     Result,
     SourceState,
     Verdict,
+    arms_of,
 )
 
 REFUSED = re.compile(r"Permission denied|Operation not permitted")
 """strerror(3) of EACCES and EPERM in the C locale, which the guests use."""
 SUBJECT_KEY = "lsmlab-subject"
 """The audit key of the exec that starts a `run` attempt's program."""
-INODE_CLASSES = frozenset({"file", "dir", "lnk_file", "chr_file", "blk_file", "sock_file", "fifo_file"})
+FORK_KEY = "lsmlab-fork"
+"""The audit key of every call that starts a process: `ppid` has started `pid`, which starts another."""
 
 
 class Judgement(Strict):
@@ -95,28 +95,38 @@ def mode_problem(arm: Arm, mode: ModeFacts, profile: str) -> str:
     assert framework is not None
     if framework not in mode.lsm:
         return f"the kernel has no {framework.display} (LSM list: {','.join(mode.lsm)})"
-    if framework is Framework.SELINUX:
-        if mode.selinux_enforcing is None:
-            return "SELinux has no policy loaded"
-        if mode.selinux_enforcing is not arm.enforcing:
-            return f"SELinux is {'enforcing' if mode.selinux_enforcing else 'permissive'}"
-        return ""
-    loaded = (mode.profiles or {}).get(profile)
-    if arm is Arm.APPARMOR_COMPLAIN and loaded not in {None, "complain"}:
-        return f"profile {profile} is in mode {loaded}"
+    return _selinux_problem(arm, mode) if framework is Framework.SELINUX else _apparmor_problem(arm, mode, profile)
+
+
+def _selinux_problem(arm: Arm, mode: ModeFacts) -> str:
+    if mode.selinux_enforcing is None:
+        return "SELinux has no policy loaded"
+    if mode.selinux_enforcing == arm.logging:
+        return f"SELinux is {'enforcing' if mode.selinux_enforcing else 'permissive'}"
     return ""
 
 
-def judge(spec: Attempt, arm: Arm, seen: Observation, subject: str, *, changes_mode: bool = False) -> Judgement:
+def _apparmor_problem(arm: Arm, mode: ModeFacts, profile: str) -> str:
+    if mode.apparmor_mode != "enforce":
+        return f"AppArmor as a whole is in mode {mode.apparmor_mode or 'unknown'}"
+    loaded = (mode.profiles or {}).get(profile)
+    if arm is Arm.APPARMOR_COMPLAIN and loaded not in {None, "complain"}:
+        return f"profile {profile} is in mode {loaded}"
+    if arm.unconfined and loaded is not None:
+        return f"profile {profile} is loaded in the control arm"
+    return ""
+
+
+def judge(spec: Attempt, arm: Arm, seen: Observation, subject: str) -> Judgement:
     """The result of one attempt. `subject` is the domain or profile that must have acted.
 
     Machine, mode and evidence first (failed), then object and subject (unclear), then the proofs.
     """
     records = evidence.parse(seen.log)
-    problem = failure(arm, seen, records, subject, changes_mode=changes_mode)
+    problem = failure(arm, seen, records, subject, changes_mac=spec.changes_mac)
     if problem:
         return Judgement(result=Result.FAILED, reason=problem)
-    problem = _unready(spec, seen) or (wrong_subject(seen, records, subject) if arm is not Arm.DAC else "")
+    problem = _unready(seen, changes_mac=spec.changes_mac) or _subject_problem(arm, seen, records, subject)
     if problem:
         return Judgement(result=Result.UNCLEAR, reason=problem)
     proof = _proof_of_allowed(spec, seen)
@@ -127,27 +137,57 @@ def judge(spec: Attempt, arm: Arm, seen: Observation, subject: str, *, changes_m
     if seen.auid is not None and not exec_made(seen, records):
         return Judgement(result=Result.UNCLEAR, reason=f"the command was not started: {ending(seen)}")
     sign = next((s for s in (_sign(b, seen) for b in spec.blocked_if) if s), "") or _refusal(spec, seen)
-    if sign:
-        return Judgement(result=Result.BLOCKED, reason=sign)
-    return Judgement(result=Result.UNCLEAR, reason=f"neither proof nor sign of a block: {ending(seen)}")
+    if not sign:
+        return Judgement(result=Result.UNCLEAR, reason=f"neither proof nor sign of a block: {ending(seen)}")
+    other = _sign_of_success(spec, arm, seen, records, subject)
+    if other:
+        return Judgement(result=Result.UNCLEAR, reason=f"{sign}, and yet {other}")
+    return Judgement(result=Result.BLOCKED, reason=sign)
 
 
-def failure(arm: Arm, seen: Observation, records: Sequence[Record], subject: str, *, changes_mode: bool = False) -> str:
-    """What makes an attempt worthless: a wrong mode, an evidence source that was not read, a change in between."""
-    for when, mode in (("before", seen.mode_before), ("after", seen.mode_after)):
-        problem = mode_problem(arm, mode, subject)
-        if problem and not (changes_mode and when == "after"):
-            return f"wrong mode {when} the attempt: {problem}"
-    if seen.source.state is SourceState.UNAVAILABLE:
-        return f"{seen.source.name} unavailable: {seen.source.detail}"
-    changes = evidence.mode_changes(records)
-    if changes and not changes_mode:
-        return f"mode or policy changed inside the window: {changes[0].raw[:200]}"
+def _sign_of_success(spec: Attempt, arm: Arm, seen: Observation, records: Sequence[Record], subject: str) -> str:
+    """What speaks against a block, although it is no proof of a success."""
+    if spec.changes_mac and (mode_problem(arm, seen.mode_after, subject) or evidence.mode_changes(records)):
+        return "MAC was changed"
+    if spec.canary is not None and seen.canary in seen.output:
+        return "the canary came out"
     return ""
 
 
-def _unready(spec: Attempt, seen: Observation) -> str:
-    if not seen.object.exists:
+def failure(arm: Arm, seen: Observation, records: Sequence[Record], subject: str, *, changes_mac: bool = False) -> str:
+    """What makes an attempt worthless: a wrong mode, an evidence source that was not read, a change in between.
+
+    `changes_mac`: such a change is what the attempt is about.
+    """
+    for when, mode in (("before", seen.mode_before), ("after", seen.mode_after)):
+        problem = mode_problem(arm, mode, subject)
+        if problem and not (changes_mac and when == "after"):
+            return f"wrong mode {when} the attempt: {problem}"
+    if seen.source.state is SourceState.UNAVAILABLE:
+        return f"{seen.source.name} unavailable: {seen.source.detail}"
+    audit_changes = evidence.audit_changes(records)
+    if audit_changes:
+        return f"auditing was changed inside the window: {audit_changes[0].raw[:200]}"
+    changes = evidence.mode_changes(records)
+    if changes and not changes_mac:
+        return f"mode or policy changed inside the window: {changes[0].raw[:200]}"
+    return _hidden_mode_change(arm, seen, records)
+
+
+def _hidden_mode_change(arm: Arm, seen: Observation, records: Sequence[Record]) -> str:
+    """AppArmor's mode as a whole is switched without a record: what an enforcing profile only logged tells of it."""
+    if arm.framework is not Framework.APPARMOR:
+        return ""
+    before, after = seen.mode_before.profiles or {}, seen.mode_after.profiles or {}
+    for denial in evidence.denials(records):
+        profile = denial.subject
+        if denial.logged_only and before.get(profile) == after.get(profile) == "enforce":
+            return f"profile {profile} is in mode enforce, and only logged: {denial.headline[:200]}"
+    return ""
+
+
+def _unready(seen: Observation, *, changes_mac: bool) -> str:
+    if seen.object is not None and not seen.object.exists:
         return f"the object {seen.object.path} is absent"
     if seen.canary_planted is False:
         return "the canary could not be planted"
@@ -157,24 +197,43 @@ def _unready(spec: Attempt, seen: Observation) -> str:
         return f"the service is {seen.subject_before.service.active}, not active"
     if not seen.subject_before.workers:
         return "the service has no process"
-    problem = _unsteady(seen.subject_before, seen.subject_after)
-    if problem:
-        return problem
-    if spec.run is not None and seen.exit_code == 97 and seen.errors.startswith("lsmlab: "):
-        return seen.errors.removeprefix("lsmlab: ").strip()
-    return ""
+    return _unsteady(seen.subject_before, seen.subject_after, changes_mac=changes_mac)
 
 
-def _unsteady(before: SubjectFacts, after: SubjectFacts) -> str:
-    """Why the facts about the subject before the attempt were not those of who acted."""
+def _unsteady(before: SubjectFacts, after: SubjectFacts, *, changes_mac: bool) -> str:
+    """Why the facts about the subject before the attempt were not those of who acted.
+
+    `changes_mac`: its domain or profile may be another one afterwards: that may be what the attempt is about.
+    """
     if all(p.main for p in before.workers) and any(not p.main for p in after.processes):
         return "the service's workers appeared only during the attempt"
+    for old, new in zip(_mains(before), _mains(after), strict=False):
+        if old.pid != new.pid and _rights(old) != _rights(new):
+            return f"the service was started anew during the attempt: its {old.label or 'no label'} is now {new.label}"
     later = {p.pid: p for p in after.processes}
     for process in before.workers:
         now = later.get(process.pid, process)
-        if (now.uids, now.groups, now.label) != (process.uids, process.groups, process.label):
+        if _rights(now, changes_mac=changes_mac) != _rights(process, changes_mac=changes_mac):
             return f"{process.name} (pid {process.pid}) changed its user, groups or domain during the attempt"
     return ""
+
+
+def _mains(facts: SubjectFacts) -> tuple[Process, ...]:
+    return tuple(p for p in facts.processes if p.main)
+
+
+def _rights(process: Process, *, changes_mac: bool = False) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+    return process.uids, process.groups, "" if changes_mac else process.label
+
+
+def _subject_problem(arm: Arm, seen: Observation, records: Sequence[Record], subject: str) -> str:
+    """Why it is not known that who acted was who should have: confined, or unconfined in the weaker control."""
+    if arm is Arm.DAC:
+        return ""
+    if not arm.unconfined:
+        return wrong_subject(seen, records, subject)
+    found = [ran_in(seen, records)] if seen.auid is not None else [p.domain for p in seen.subject_before.workers]
+    return f"the control's subject is confined: it runs in {subject}" if subject in found else ""
 
 
 def wrong_subject(seen: Observation, records: Sequence[Record], subject: str) -> str:
@@ -207,8 +266,7 @@ def exec_made(seen: Observation, records: Sequence[Record]) -> bool:
 
 
 def _auid(record: Record) -> int | None:
-    value = record.fields.get("auid", "")
-    return int(value) if value.isdigit() else None
+    return evidence.number(record.fields.get("auid"))
 
 
 def _proof_of_allowed(spec: Attempt, seen: Observation) -> str:
@@ -259,7 +317,9 @@ def ending(seen: Observation) -> str:
     )
     if seen.http_status is not None:
         return f"HTTP {seen.http_status}"
-    return f"signal {seen.signal}" if seen.signal is not None else f"exit status {seen.exit_code}, {first[:160]!r}"
+    if seen.signal is not None:
+        return f"signal {seen.signal}"
+    return f"{first[:160]!r}" if seen.exit_code is None else f"exit status {seen.exit_code}, {first[:160]!r}"
 
 
 def own_denials(seen: Observation) -> tuple[Denial, ...]:
@@ -270,14 +330,33 @@ def own_denials(seen: Observation) -> tuple[Denial, ...]:
             (r.serial for r in records if r.fields.get("key") == SUBJECT_KEY and _auid(r) == seen.auid), None
         )
         records = tuple(r for r in records if started is not None and r.serial >= started)
-    return tuple(d for d in evidence.denials(records) if _is_subjects(d, seen))
+    family = _family(seen, records)
+    return tuple(d for d in evidence.denials(records) if _is_subjects(d, seen, family))
 
 
-def _is_subjects(denial: Denial, seen: Observation) -> bool:
+def _family(seen: Observation, records: Sequence[Record]) -> frozenset[int]:
+    """The service's processes, and those among their descendants that started others, by the kernel's records of it.
+
+    A record's pid and ppid are of the initial namespace; what the call returned is of the caller's own.
+    """
+    family = {p.pid for p in (*seen.subject_before.processes, *seen.subject_after.processes)}
+    children: dict[int | None, list[int]] = {}
+    for record in records:
+        if record.type == "SYSCALL" and record.fields.get("key") == FORK_KEY:
+            child = evidence.number(record.fields.get("pid"))
+            children.setdefault(evidence.number(record.fields.get("ppid")), []).extend([] if child is None else [child])
+    left = list(family)
+    while left:  # each process once: a service may start a long line of them
+        new = [child for child in children.pop(left.pop(), ()) if child not in family]
+        family.update(new)
+        left += new
+    return frozenset(family)
+
+
+def _is_subjects(denial: Denial, seen: Observation, family: frozenset[int]) -> bool:
     if seen.auid is not None:
         return denial.auid == seen.auid
-    processes = (*seen.subject_before.processes, *seen.subject_after.processes)
-    return denial.pid in {p.pid for p in processes} or denial.ppid in {p.pid for p in processes}
+    return denial.pid in family or denial.ppid in family
 
 
 def attribute(
@@ -285,10 +364,12 @@ def attribute(
 ) -> Attribution:
     """The effective denial in the window that is of the expected subject, object and permission."""
     misses: list[str] = []
-    for denial in evidence.denials(evidence.parse(seen.log)):
+    records = evidence.parse(seen.log)
+    family = _family(seen, records)
+    for denial in evidence.denials(records):
         if denial.framework is not framework:
             continue
-        miss = _misfit(denial, scenario, framework, expected, seen)
+        miss = _misfit(denial, scenario, framework, expected, seen, family)
         if not miss:
             return Attribution(denial=denial, misses=())
         misses.append(f"{miss}: {denial.headline}")
@@ -297,16 +378,21 @@ def attribute(
 
 
 def _misfit(
-    denial: Denial, scenario: Scenario, framework: Framework, expected: DenialExpectation | None, seen: Observation
+    denial: Denial,
+    scenario: Scenario,
+    framework: Framework,
+    expected: DenialExpectation | None,
+    seen: Observation,
+    family: frozenset[int],
 ) -> str:
-    subject = scenario.subject_name(framework)
+    subject = (expected.subject if expected else None) or scenario.subject_name(framework)
     if denial.subject_domain != subject:
         return f"another subject ({denial.subject_domain}, not {subject})"
-    if not _is_subjects(denial, seen):
+    if not _is_subjects(denial, seen, family):
         return f"another process (pid {denial.pid})"
     if not denial.effective:
         return "not effective: " + ("logged only" if denial.logged_only else "the call succeeded all the same")
-    if expected is not None and not set(expected.permissions) & set(denial.permissions):
+    if expected is not None and expected.permissions and not set(expected.permissions) & set(denial.permissions):
         return f"another permission ({' '.join(denial.permissions)}, not {' or '.join(expected.permissions)})"
     if expected is not None and expected.operation not in {None, denial.operation}:
         return f"another operation ({denial.operation}, not {expected.operation})"
@@ -318,6 +404,8 @@ def _selinux_object(denial: Denial, scenario: Scenario, expected: DenialExpectat
     tclass = (expected.tclass if expected else None) or scenario.object.tclass
     if denial.tclass != tclass:
         return f"another class ({denial.tclass}, not {tclass})"
+    if expected is None and scenario.object.path is None:
+        return "no object is expected that it could be compared with"
     wanted = (expected.selinux_object if expected else None) or scenario.object.selinux
     if wanted is not None and denial.object_type != wanted:
         return f"another object type ({denial.object_type}, not {wanted})"
@@ -327,8 +415,9 @@ def _selinux_object(denial: Denial, scenario: Scenario, expected: DenialExpectat
         same = denial.name == path or any(posixpath.normpath(name) == path for name, _ in denial.paths)
         return "" if same else f"another object ({denial.name}, not {path})"
     redirected = expected is not None and expected.selinux_object is not None
-    if tclass in INODE_CLASSES and not redirected and (denial.ino, denial.dev) != (seen.object.ino, seen.object.device):
-        return f"another object (inode {denial.ino} on {denial.dev}, not {seen.object.ino} on {seen.object.device})"
+    target = seen.object if tclass in INODE_CLASSES and not redirected else None
+    if target is not None and (denial.ino, denial.dev) != (target.ino, target.device):
+        return f"another object (inode {denial.ino} on {denial.dev}, not {target.ino} on {target.device})"
     return ""
 
 
@@ -336,15 +425,25 @@ def _apparmor_object(denial: Denial, scenario: Scenario, expected: DenialExpecta
     tclass = expected.tclass if expected else None
     if tclass is not None and denial.tclass not in {tclass, ""}:  # kernels before 6.5 write no class
         return f"another class ({denial.tclass}, not {tclass})"
-    path = (expected.path if expected else None) or seen.object.real or scenario.object.path
-    if tclass not in {None, "file"}:
+    path = (expected.path if expected else None) or (seen.object.real if seen.object else "") or scenario.object.path
+    if path is None and tclass in {None, "file"} and (expected is None or expected.operation is None):
+        return "no object is expected that it could be compared with"
+    if tclass not in {None, "file"} or path is None:
         return ""
     return "" if denial.name == path else f"another object ({denial.name}, not {path})"
 
 
-def conclude(framework: Framework, arms: Mapping[Arm, JudgedArm]) -> Conclusion:
+def settle(judgement: Judgement, attribution: Attribution) -> Judgement:
+    """The judgement, where it and the kernel's record do not contradict each other; unclear where they do."""
+    if judgement.result is Result.ALLOWED and attribution.denial is not None:
+        words = f"{judgement.reason}, and yet the kernel refused it: {attribution.denial.headline}"
+        return Judgement(result=Result.UNCLEAR, reason=words)
+    return judgement
+
+
+def conclude(framework: Framework, arms: Mapping[Arm, JudgedArm], control: Control = Control.DAC) -> Conclusion:
     """The verdict of one scenario under one framework, by the order of precedence in docs/design.md."""
-    weighing = _Weighing(framework, arms)
+    weighing = _Weighing(framework, arms, control)
     rules = (
         weighing.not_contained, weighing.error, weighing.inconclusive, weighing.control_blocked,
         weighing.unattributed, weighing.overblocked, weighing.benign_broken,
@@ -357,13 +456,14 @@ def conclude(framework: Framework, arms: Mapping[Arm, JudgedArm]) -> Conclusion:
 
 
 class _Weighing:
-    """The three arms of one framework, and one method for each verdict."""
+    """The arms of one framework, and one method for each verdict."""
 
-    def __init__(self, framework: Framework, arms: Mapping[Arm, JudgedArm]) -> None:
+    def __init__(self, framework: Framework, arms: Mapping[Arm, JudgedArm], control: Control) -> None:
         self.framework = framework
-        self.names = (CONTROL, LOGGING_ARM[framework], ENFORCING_ARM[framework])
-        self.arms = {name: arms.get(name) or JudgedArm(arm=name, error="the arm was not run") for name in self.names}
-        self.control, self.logging, self.enforcing = (self.arms[name] for name in self.names)
+        self.unconfined = control is Control.UNCONFINED
+        names = arms_of(framework, control)
+        self.arms = {name: arms.get(name) or JudgedArm(arm=name, error="the arm was not run") for name in names}
+        self.control, *self.logging, self.enforcing = self.arms.values()
         known: dict[str, AttemptKind] = {}
         for arm in self.arms.values():
             known |= {a.attempt: a.kind for a in arm.attempts}
@@ -385,7 +485,7 @@ class _Weighing:
         """What the verdict rests on: attacks in the control; and, unless one is blocked there, everything."""
         pairs = [(self.control, a) for a in self.attacks]
         if not self.blocked_in_control():
-            pairs += [(arm, a) for arm in (self.logging, self.enforcing) for a in self.attacks]
+            pairs += [(arm, a) for arm in (*self.logging, self.enforcing) for a in self.attacks]
             pairs += [(arm, a) for arm in self.arms.values() for a in self.benign]
         return [(arm, self.of(arm, a)) for arm, a in pairs]
 
@@ -438,22 +538,24 @@ class _Weighing:
                 return Conclusion(
                     verdict=Verdict.DAC_BLOCKED, reason=f"{attack}: DAC alone forbids it: {seen.dac.rule}"
                 )
+            where = "unconfined" if self.unconfined else "without MAC"
             return Conclusion(
                 verdict=Verdict.CONTROL_BLOCKED,
-                reason=f"{attack}: blocked without MAC ({seen.reason}), and DAC is not why"
+                reason=f"{attack}: blocked {where} ({seen.reason}), and DAC is not why"
                 + (f": {seen.dac.rule}" if seen.dac else ""),
             )
         return None
 
     def unattributed(self) -> Conclusion | None:
         for attack in self.attacks:
-            in_logging = self.of(self.logging, attack)
-            explicit_deny = in_logging.attribution is not None and in_logging.attribution.denial is not None
-            if in_logging.result is Result.BLOCKED and not explicit_deny:
-                return Conclusion(
-                    verdict=Verdict.UNATTRIBUTED,
-                    reason=f"{attack}: blocked in {self.logging.arm} as well ({in_logging.reason}), with no denial",
-                )
+            for arm in self.logging:
+                logged = self.of(arm, attack)
+                explicit_deny = logged.attribution is not None and logged.attribution.denial is not None
+                if logged.result is Result.BLOCKED and not explicit_deny:
+                    return Conclusion(
+                        verdict=Verdict.UNATTRIBUTED,
+                        reason=f"{attack}: blocked in {arm.arm} as well ({logged.reason}), with no denial",
+                    )
             seen = self.of(self.enforcing, attack)
             if seen.result is Result.BLOCKED and (seen.attribution is None or seen.attribution.denial is None):
                 misses = seen.attribution.misses if seen.attribution else ()
@@ -489,14 +591,17 @@ class _Weighing:
                     )
         return None
 
+    def _permitted(self, attack: str) -> str:
+        return f"{attack} succeeds where the service is not confined" if self.unconfined else f"DAC permits {attack}"
+
     def contained(self) -> Conclusion:
         attack = self.attacks[0]
         seen = self.of(self.enforcing, attack)
         assert seen.attribution is not None
         assert seen.attribution.denial is not None
         denial = seen.attribution.denial
-        what = f"{{ {' '.join(denial.permissions)} }} on {denial.name or denial.tclass}"
+        what = f"{{ {denial.access} }} on {denial.name or denial.tclass}"
         return Conclusion(
             verdict=Verdict.CONTAINED,
-            reason=f"DAC permits {attack}; {self.framework.display} denies {denial.subject_domain} {what}",
+            reason=f"{self._permitted(attack)}; {self.framework.display} denies {denial.subject_domain} {what}",
         )

@@ -5,26 +5,27 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import json
 import random
 import shlex
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
+from contract.local_guest import LocalAgent, python_3_9
 from fakes import FakeMachine
 from lsmlab import attempt, discovery
 from lsmlab.bench import open_bench
-from lsmlab.channel import agent
 from lsmlab.channel.agent import AgentChannel
-from lsmlab.channel.base import Channel, CommandResult, run_script
+from lsmlab.channel.base import Channel, CommandResult
 from lsmlab.errors import ChannelError, CommandTimeoutError, LsmlabError, MachineError
 from lsmlab.machine.base import Machine
 from lsmlab.machine.qemu import QemuMachine
@@ -36,9 +37,6 @@ AWKWARD = (
     "two words", " ", "", "a\nb\n", "it's \"quoted\"", "$HOME `id` $(id) \\ \\n", "*", "-n", "--", "é 🐧", "tab\there",
     "; exit 3", "a" * 20_000,
 )  # fmt: skip
-
-
-# Defects that are known, to be mended in the code under test
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,15 @@ class Guest:
 Opener = Callable[[], AbstractContextManager[Guest]]
 
 
-@pytest.fixture(scope="module", params=["fake", pytest.param("qemu", marks=pytest.mark.lsmlab_vm)])
+AGENTS = {"agent": sys.executable}
+if oldest := python_3_9():
+    AGENTS["agent-on-python-3.9"] = oldest
+VM = pytest.param("qemu", marks=pytest.mark.lsmlab_vm)
+MACHINES = pytest.mark.parametrize("opener", ["fake", VM], indirect=True)
+"""For tests of a machine: the agent alone is none."""
+
+
+@pytest.fixture(scope="module", params=["fake", *AGENTS, VM])
 def opener(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opener]:
     """Opens a fresh machine, stopped at the end of the block."""
     if request.param == "fake":
@@ -83,6 +89,20 @@ def opener(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
                 machine.stop()
 
         yield fake
+        return
+    if request.param in AGENTS:
+
+        @contextlib.contextmanager
+        def local() -> Iterator[Guest]:
+            folder = tmp_path_factory.mktemp("agent")
+            machine = LocalAgent(folder, AGENTS[request.param])
+            try:
+                yield Guest(machine, str(folder), "")
+            finally:
+                machine.stop()
+            assert machine.console_tail() == "", "the agent complains"
+
+        yield local
         return
     with open_bench(discovery.load_lab("debian-13"), Silent()) as bench:
 
@@ -193,7 +213,7 @@ def test_much_output_comes_whole(guest: Guest) -> None:
 
 
 def test_a_whole_window_of_the_audit_log_comes_through(request: pytest.FixtureRequest, fresh: Guest) -> None:
-    size = attempt.WINDOW_BYTES + 4096  # the window, and the facts that window-close.sh prints after it
+    size = attempt.WINDOW_BYTES + 4096
     result = fresh.sh('head -c "$1" /dev/zero', str(size), timeout=120)
     assert len(result.stdout) == size
     assert fresh.answers()
@@ -223,12 +243,56 @@ def test_a_command_that_takes_too_long_is_an_error_of_its_own(guest: Guest) -> N
     assert guest.answers()
 
 
-def test_our_scripts_run_with_their_arguments(guest: Guest) -> None:
-    arguments = ("nonce", "no-such.service", guest.folder, "sentinel", "2")
-    result = run_script(guest.channel, "window-open", *arguments)
-    assert result.argv == ("window-open", *arguments)
-    assert "@@nonce object\n" in result.out
-    assert result.out.endswith("@@nonce end\n")
+def test_a_command_that_takes_too_long_is_ended_with_its_children(guest: Guest) -> None:
+    name = f"{random.randrange(10_000, 99_999)}.{random.randrange(10_000, 99_999)}"
+    with pytest.raises(CommandTimeoutError):
+        guest.sh(f"sleep {name} & sleep {name}; true", timeout=1)
+    deadline = time.monotonic() + 10
+    while guest.channel.run(["pgrep", "-x", "-f", f"sleep {name}"]).ok:
+        assert time.monotonic() < deadline, "a child of the command goes on"
+
+
+def test_a_child_left_behind_does_not_delay_the_result(guest: Guest) -> None:
+    start = time.monotonic()
+    result = guest.sh("sleep 55 & echo $!").check()
+    assert time.monotonic() - start < 30
+    guest.channel.run(["kill", result.out.strip()]).check()
+
+
+def test_commands_run_side_by_side(guest: Guest) -> None:
+    found: dict[int, str] = {}
+    threads = [
+        threading.Thread(target=lambda n=n: found.update({n: guest.sh(f"sleep 0.5; echo {n}").out})) for n in range(6)
+    ]
+    start = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {n: f"{n}\n" for n in range(6)}
+    assert time.monotonic() - start < 20
+
+
+# Questions
+
+
+def test_a_question_is_answered(guest: Guest) -> None:
+    assert guest.channel.ask("ping") is None
+    answer = guest.channel.ask("run", argv=["printf", "a\nb"])
+    assert (answer["exit_code"], base64.b64decode(answer["out"])) == (0, b"a\nb")
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments"),
+    [("no-such-operation", {}), ("serve", {}), ("ping", {"more": 1}), ("write", {}), ("run", {"argv": ["a\0b"]})],
+    ids=str,
+)
+def test_a_question_that_cannot_be_answered_is_an_error(
+    guest: Guest, operation: str, arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(ChannelError, match=operation):
+        guest.channel.ask(operation, **arguments)
+    assert guest.answers()
 
 
 # Files
@@ -261,16 +325,27 @@ def test_a_file_with_an_awkward_name(guest: Guest) -> None:
     assert guest.read(name) == b"x"
 
 
-@pytest.mark.parametrize("name", ["missing-folder/file", "."])
-def test_a_file_that_cannot_be_written_is_an_error(guest: Guest, name: str) -> None:
-    with pytest.raises(ChannelError):
-        guest.channel.write_file(guest.path(name), b"x")
+def test_a_file_is_written_with_its_folders_its_mode_and_its_owner(guest: Guest) -> None:
+    owner, path = guest.sh('printf %s:%s "$(id -un)" "$(id -gn)"').check().out, guest.path("a/new/folder/file")
+    for mode in (0o640, 0o4751):
+        guest.channel.write_file(path, b"x", mode=mode, owner=owner)
+        assert guest.channel.run(["stat", "-c", "%a %U:%G", path]).check().out == f"{mode:o} {owner}\n"
+
+
+def test_a_file_that_cannot_be_written_is_an_error(guest: Guest) -> None:
+    guest.channel.write_file(guest.path("a-file"), b"x")
+    for name in ("a-file/below", "."):
+        with pytest.raises(ChannelError, match=r"write: .*(a-file|directory)"):
+            guest.channel.write_file(guest.path(name), b"x")
+    with pytest.raises(ChannelError, match="no-such-user"):
+        guest.channel.write_file(guest.path("owned"), b"x", owner="no-such-user:root")
     assert guest.answers()
 
 
 # Machines
 
 
+@MACHINES
 def test_a_restore_brings_files_back(guest: Guest) -> None:
     guest.channel.write_file(guest.path("kept"), b"as it was")
     guest.machine.snapshot("files")
@@ -284,6 +359,7 @@ def test_a_restore_brings_files_back(guest: Guest) -> None:
         assert not guest.channel.run(["test", "-e", guest.path("added")]).ok
 
 
+@MACHINES
 def test_a_restore_forgets_processes(guest: Guest) -> None:
     sleep = ["sleep", f"{random.randrange(10_000, 99_999)}.{random.randrange(10_000, 99_999)}"]
     guest.machine.snapshot("processes")
@@ -296,6 +372,7 @@ def test_a_restore_forgets_processes(guest: Guest) -> None:
     assert guest.channel.run(found).exit_code == 1
 
 
+@MACHINES
 def test_a_snapshot_of_the_same_name_replaces_the_first(guest: Guest) -> None:
     for content in (b"first", b"second"):
         guest.channel.write_file(guest.path("twice"), content)
@@ -305,6 +382,7 @@ def test_a_snapshot_of_the_same_name_replaces_the_first(guest: Guest) -> None:
     assert guest.read("twice") == b"second"
 
 
+@MACHINES
 def test_two_snapshots_live_side_by_side(guest: Guest) -> None:
     for name in ("one", "two"):
         guest.channel.write_file(guest.path("which"), name.encode())
@@ -314,6 +392,7 @@ def test_two_snapshots_live_side_by_side(guest: Guest) -> None:
         assert guest.read("which") == name.encode()
 
 
+@MACHINES
 def test_a_snapshot_that_is_not_there_is_an_error(guest: Guest) -> None:
     guest.channel.write_file(guest.path("known"), b"known")
     guest.machine.snapshot("known")
@@ -323,6 +402,7 @@ def test_a_snapshot_that_is_not_there_is_an_error(guest: Guest) -> None:
     assert guest.read("known") == b"known"
 
 
+@MACHINES
 def test_the_console_can_be_read(guest: Guest) -> None:
     assert isinstance(guest.machine.console_tail(), str)
     guest.sh('printf "first line\\nlast words\\n" > "$1"', guest.console).check()
@@ -333,6 +413,7 @@ def test_the_console_can_be_read(guest: Guest) -> None:
     assert len(guest.machine.console_tail(1).splitlines()) == 1
 
 
+@MACHINES
 def test_a_stopped_machine_says_so_and_can_be_stopped_again(request: pytest.FixtureRequest, fresh: Guest) -> None:
     assert fresh.answers()
     fresh.machine.snapshot("before")
@@ -357,121 +438,6 @@ def test_a_machine_that_dies_ends_the_command_that_waits(fresh: Guest) -> None:
         fresh.channel.run(["sleep", "60"], timeout=60)
     end.join()
     assert time.monotonic() - start < 30
-
-
-# The agent's channel over a peer of our own: what no real agent can be made to say
-
-
-@dataclass(slots=True)
-class Peer:
-    """The guest agent's end. `answers` by command: what it returns, or None for silence."""
-
-    socket: socket.socket
-    answers: Mapping[str, object]
-
-    def serve(self) -> None:
-        text = ""
-        while True:
-            try:
-                question, end = json.JSONDecoder().raw_decode(text)
-            except ValueError:
-                data = self.socket.recv(1 << 16)
-                if not data:
-                    return
-                text = (text + data.decode()).lstrip()
-                continue
-            text = text[end:].lstrip()
-            answer = self.answers.get(question["execute"], {})
-            if answer is not None:
-                self.socket.sendall(json.dumps({"return": answer, "id": question["id"]}).encode() + b"\n")
-
-
-OverPeer = Callable[[Mapping[str, object]], AgentChannel]
-
-
-@pytest.fixture
-def over_peer() -> Iterator[OverPeer]:
-    opened: list[tuple[AgentChannel, socket.socket]] = []
-
-    def connect(answers: Mapping[str, object]) -> AgentChannel:
-        ours, theirs = socket.socketpair()
-        threading.Thread(target=Peer(theirs, answers).serve, daemon=True).start()
-        channel = AgentChannel(ours, "peer")
-        channel.connect()
-        opened.append((channel, theirs))
-        return channel
-
-    yield connect
-    for channel, theirs in opened:
-        channel.close()
-        theirs.close()
-
-
-OUT = base64.b64encode(b"out").decode()
-
-
-def test_the_agents_answer_becomes_a_result(over_peer: OverPeer) -> None:
-    channel = over_peer(
-        {"guest-exec": {"pid": 1}, "guest-exec-status": {"exited": True, "exitcode": 4, "out-data": OUT}}
-    )
-    result = channel.run(["x"])
-    assert (result.exit_code, result.stdout, result.stderr) == (4, b"out", b"")
-
-
-@pytest.mark.parametrize(
-    "status",
-    [
-        {"exited": True},
-        {"exited": True, "exitcode": 0, "signal": 9},
-        {"exited": True, "exitcode": 0, "out-data": "!"},
-        {"exited": True, "exitcode": 0, "out-data": 7},
-        {"exited": True, "exitcode": 0, "out-truncated": True},
-        {"exited": True, "exitcode": 0, "err-truncated": True},
-        "nonsense",
-        [],
-    ],
-    ids=str,
-)
-def test_nonsense_from_the_agent_is_an_error_of_the_channel(over_peer: OverPeer, status: object) -> None:
-    channel = over_peer({"guest-exec": {"pid": 1}, "guest-exec-status": status})
-    with pytest.raises(ChannelError):
-        channel.run(["x"])
-
-
-@pytest.mark.parametrize("started", [{}, [], "nonsense"], ids=str)
-def test_a_command_without_a_pid_is_an_error_of_the_channel(over_peer: OverPeer, started: object) -> None:
-    with pytest.raises(ChannelError):
-        over_peer({"guest-exec": started}).run(["x"])
-
-
-def test_a_short_write_is_an_error(over_peer: OverPeer) -> None:
-    channel = over_peer({"guest-file-open": 1, "guest-file-write": {"count": 3}})
-    with pytest.raises(ChannelError, match="only 3 bytes"):
-        channel.write_file("/x", b"four")
-
-
-@pytest.mark.parametrize("silent", ["guest-file-open", "guest-file-write", "guest-file-close"])
-def test_an_agent_that_falls_silent_in_a_write(
-    over_peer: OverPeer, silent: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for method in (AgentChannel._execute, AgentChannel.command):
-        defaults = tuple(0.2 if value == agent.ANSWER_SECONDS else value for value in method.__defaults__ or ())
-        monkeypatch.setattr(method, "__defaults__", defaults)
-    channel = over_peer({"guest-file-open": 1, "guest-file-write": {"count": 1}, silent: None})
-    with pytest.raises(ChannelError, match="no answer"):
-        channel.write_file("/x", b"x")
-
-
-def test_an_agent_that_never_comes_up(over_peer: OverPeer) -> None:
-    with pytest.raises(ChannelError, match=r"did not answer within 0 s"):
-        over_peer({"guest-ping": None}).wait_until_up(0.2)
-
-
-def test_a_window_of_the_largest_size_does_not_break_the_channel(over_peer: OverPeer) -> None:
-    size = attempt.WINDOW_BYTES + 4096
-    status = {"exited": True, "exitcode": 0, "out-data": base64.b64encode(bytes(size)).decode()}
-    channel = over_peer({"guest-exec": {"pid": 1}, "guest-exec-status": status})
-    assert [len(channel.run(["x"]).stdout) for _ in range(2)] == [size, size]
 
 
 def test_a_qemu_that_was_stopped_says_so() -> None:

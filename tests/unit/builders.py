@@ -1,8 +1,9 @@
-"""Small, complete records for the tests: facts, observations, denials, arms, outcomes; and records as the kernel writes
-them."""
+"""Small, complete records for the tests: facts, observations, denials, arms, outcomes; records as the kernel writes
+them, and answers as the agent in a guest gives them."""
 
 from __future__ import annotations
 
+import base64
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from lsmlab import facts
 from lsmlab.attempt import Observation
+from lsmlab.definition import Strict
 from lsmlab.evidence import Denial, denials, parse
 from lsmlab.outcome import ArmRecord, AttemptRecord, Environment, Outcome
 from lsmlab.scenario import Attempt, Scenario
@@ -131,6 +133,47 @@ def exec_record(*, subject: str = HTTPD, success: str = "yes", auid: int = AUID,
     )  # fmt: skip
 
 
+def user_record(word: str, *, stamp: str = "1795509853.196", serial: int = 149) -> str:
+    """The record of a message that a program sent through the audit queue: a sentinel, if it holds the right word."""
+    return (
+        f"type=USER msg=audit({stamp}:{serial}): pid=300 uid=0 auid={UNSET} ses={UNSET}"
+        f' subj=system_u:system_r:init_t:s0 msg=\'{word}\'\x1dUID="root" AUID="unset"'
+    )
+
+
+# What the agent answers
+
+
+def encoded(text: str | bytes) -> str:
+    """Bytes as the agent sends them."""
+    return base64.b64encode(text.encode() if isinstance(text, str) else text).decode()
+
+
+def ended(out: str | bytes = "", err: str | bytes = "", *, code: int | None = 0, **changes: Any) -> dict[str, Any]:
+    """How a command ended."""
+    base = {"exit_code": code, "signal": None, "timed_out": False, "too_much": False, "seconds": 0.12345}
+    return {**base, "out": encoded(out), "err": encoded(err), **changes}
+
+
+def visited(status: int | None = 200, out: str | bytes = "", err: str = "", **changes: Any) -> dict[str, Any]:
+    """What came of a request."""
+    base = {"status": status, "timed_out": False, "too_much": False, "seconds": 0.12345}
+    return {**base, "out": encoded(out), "err": encoded(err), **changes}
+
+
+def audit_state(**changes: Any) -> dict[str, Any]:
+    """The audit subsystem as it should be."""
+    return {
+        "enabled": 1, "daemon_pid": 344, "lost": 0, "backlog": 0, "log": "65024:1183", "size": 85220, **changes,
+    }  # fmt: skip
+
+
+def wire(record: Strict) -> dict[str, Any]:
+    """A record as the agent sends it."""
+    sent: dict[str, Any] = record.model_dump(mode="json")
+    return sent
+
+
 # Facts
 
 
@@ -196,15 +239,18 @@ def mode(
     return facts.ModeFacts(
         lsm=lsm if lsm is not None else LSM[framework],
         selinux_enforcing=(
-            enforcing if enforcing is not None else arm.enforcing if framework is Framework.SELINUX else None
+            enforcing if enforcing is not None else not arm.logging if framework is Framework.SELINUX else None
         ),
         profiles=(
             dict(profiles)
             if profiles is not None
+            else {}
+            if arm.unconfined
             else {"nginx": "enforce" if arm.enforcing else "complain"}
             if framework is Framework.APPARMOR
             else None
         ),
+        apparmor_mode="enforce" if framework is Framework.APPARMOR else None,
     )
 
 
@@ -214,6 +260,8 @@ def label_in(arm: Arm) -> str:
         Arm.DAC: "",
         Arm.APPARMOR_COMPLAIN: "nginx (complain)",
         Arm.APPARMOR_ENFORCE: "nginx (enforce)",
+        Arm.SELINUX_UNCONFINED: "system_u:system_r:init_t:s0",
+        Arm.APPARMOR_UNCONFINED: "unconfined",
     }.get(arm, HTTPD)
 
 
@@ -226,12 +274,12 @@ def observation(arm: Arm = Arm.SELINUX_ENFORCING, *lines: str, **changes: Any) -
     """A visitor's request that nginx refused with 403 in `arm`; `lines` are the window, `changes` any other facts."""
     base: dict[str, Any] = {
         "attempt": "read-shadow",
-        "command": ("curl", "http://127.0.0.1:80/static../etc/shadow"),
-        "exit_code": 0,
+        "command": ("GET", "http://127.0.0.1:80/static../etc/shadow"),
+        "exit_code": None,
         "signal": None,
         "timed_out": False,
         "output": "<h1>403 Forbidden</h1>",
-        "errors": "http_code=403",
+        "errors": "",
         "http_status": 403,
         "canary": WORD,
         "canary_planted": True,

@@ -18,9 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from builders import outcome
 
 from lsmlab import __version__, cache, discovery
 from lsmlab.image import build
+from lsmlab.outcome import ArmRecord
+from lsmlab.store import Store
+from lsmlab.terms import Arm, Framework
 
 REPO = Path(__file__).resolve().parents[2]
 FLAGSHIP = "nginx-reads-shadow"
@@ -162,7 +166,7 @@ def imaged(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
             "built": "2026-11-24",
         }
         cache.publish(work, build.folder_of(discovery.load_lab(), "a"), build.FILES, about)
-    host.stub("qemu-img", "exit 0")
+    host.stub("qemu-img", 'for file; do :; done; : > "$file"')
     return host
 
 
@@ -178,7 +182,8 @@ def test_no_command_at_all_shows_the_help(host: Host) -> None:
     found = host.lsmlab()
     assert found.code in {0, 4}
     shown = found.out + found.err
-    for command in ("run", "scenarios", "labs", "show", "shell", "try", "images", "doctor"):
+    commands = "run scenarios labs show shell rewind try images doctor new check schema catalogue"
+    for command in commands.split():
         assert re.search(rf"^\W*{command} ", shown, re.MULTILINE), shown
 
 
@@ -188,7 +193,13 @@ HELP = {
     "try": "lsmlab try --as nginx -- cat /etc/shadow",
     "show": "lsmlab show 12",
     "shell": "lsmlab shell debian-13 --arm",
+    "rewind": "lsmlab rewind 12 --arm selinux-enforcing -- ls -Z /etc/shadow",
     "images build": "lsmlab images build debian-13",
+    "scenarios": "lsmlab scenarios --framework apparmor --verdict NOT_CONTAINED",
+    "new scenario": "lsmlab new scenario nginx-reads-my-key",
+    "check": "lsmlab check nginx-reads-shadow --lab debian-13 --lab debian-12",
+    "schema": "lsmlab schema scenario > scenario.schema.json",
+    "catalogue": "lsmlab catalogue --outcomes debian-13.json",
 }
 
 
@@ -214,6 +225,9 @@ WRONG_USAGE: list[tuple[list[str], list[str]]] = [
     (["shell", "--accel", "hvf"], ["--accel hvf: expected auto, kvm or tcg"]),
     (["run", "--guests", "0"], ["'--guests'", "greater than or equal to 1"]),
     (["shell", "debian-13", "--arm", "selinux-enforce"], ["unknown arm 'selinux-enforce'", "'selinux-enforcing'?"]),
+    (["rewind"], ["OUTCOME"]),
+    (["rewind", "12", "--accel", "hvf"], ["--accel hvf: expected auto, kvm or tcg"]),
+    (["rewind", "12", "--guests", "2"], ["No such option"]),
     (["try", "--as", "ngin", "--", "id"], ["'ngin'", "Did you mean 'nginx'?"]),
     (["try", "--as", "nginx", "--arm", "dacc", "--", "id"], ["unknown arm 'dacc'", "Did you mean 'dac'?"]),
     (["try", "--as", "nginx", "--access", "raed", "--", "id"], ["'raed'", "Did you mean 'read'?"]),
@@ -227,6 +241,18 @@ WRONG_USAGE: list[tuple[list[str], list[str]]] = [
     (["shwo"], ["No such command 'shwo'", "'show'"]),
     (["run", "--json", "no/such/folder/out.json"], ["--json no/such/folder/out.json: cannot be written there"]),
     (["try", "--as", "nginx", "--json", "no/out.json", "--", "id"], ["--json no/out.json: cannot be written"]),
+    (["new", "scenario"], ["NAME"]),
+    (["new", "scenario", "My First"], ["'My First' is no id", "Call it 'my-first'?"]),
+    (["new", "scenario", FLAGSHIP], [f"a scenario is called '{FLAGSHIP}' already"]),
+    (["new", "lab", "x"], ["No such command 'lab'"]),
+    (["check", "nginx-read-shadow"], ["unknown scenario 'nginx-read-shadow'", f"Did you mean '{FLAGSHIP}'?"]),
+    (["check", "--lab", "debian13"], ["unknown lab 'debian13'", "Did you mean 'debian-13'?"]),
+    (["check", "--json", "no/out.json"], ["--json no/out.json: cannot be written"]),
+    (["schema", "scenaro"], ["unknown schema 'scenaro'", "Did you mean 'scenario'?"]),
+    (["scenarios", "--tag", "wed"], ["unknown tag 'wed'", "Did you mean 'web'?"]),
+    (["scenarios", "--difficulty", "easy"], ["unknown difficulty 'easy'", "beginner, intermediate, advanced"]),
+    (["catalogue"], ["--out docs: no folder that can be written"]),
+    (["catalogue", "--out", ".", "--outcomes", "absent.json"], ["absent.json: cannot be read"]),
 ]
 
 
@@ -356,6 +382,51 @@ def test_a_home_that_can_only_be_read(host: Host) -> None:
         assert str(host.home) in complaint
         assert "cannot be" in complaint
         assert "LSMLAB_HOME" in complaint
+
+
+# Rewinding to what is not there
+
+
+@pytest.fixture
+def kept(host: Host) -> Host:
+    """A machine that keeps two outcomes: 1, with one arm of SELinux, and 2, with two of AppArmor."""
+    host.store.parent.mkdir(parents=True)
+    apparmor = (ArmRecord(arm=Arm.DAC), ArmRecord(arm=Arm.APPARMOR_ENFORCE))
+    store = Store(host.store)
+    numbers = [store.add(outcome(1)), store.add(outcome(2, framework=Framework.APPARMOR, arms=apparmor))]
+    assert numbers == [1, 2]
+    return host
+
+
+REWINDS: list[tuple[str, int, list[str]]] = [
+    ("12 -- id", 4, ["no outcome is called '12'", "`lsmlab show` lists the newest"]),
+    ("00000000 -- id", 4, ["more than one outcome is called '00000000'"]),
+    ("1 --arm dacc -- id", 4, ["unknown arm 'dacc'", "Did you mean 'dac'?"]),
+    ("1 --arm dac -- id", 4, ["outcome 1 has no arm dac; it has: selinux-enforcing"]),
+    ("2 --arm selinux-enforcing", 4, ["outcome 2 has no arm selinux-enforcing; it has: dac, apparmor-enforce"]),
+    (
+        "1 --scenario nginx-read-shadow -- id",
+        4,
+        ["unknown scenario 'nginx-read-shadow'", f"Did you mean '{FLAGSHIP}'?"],
+    ),
+    ("1", 3, ["a shell needs a terminal"]),
+    ("000000000002 --arm dac", 3, ["a shell needs a terminal"]),
+]
+
+
+def test_a_rewind_that_cannot_be(kept: Host) -> None:
+    ended = kept.side_by_side([["rewind", *arguments.split()] for arguments, _, _ in REWINDS])
+    for (arguments, code, words), found in zip(REWINDS, ended, strict=True):
+        complaint = found.refused(code)
+        for word in words:
+            assert word in complaint, (arguments, complaint)
+    assert not kept.called(QEMU)
+    assert not kept.called("mmdebstrap")
+    assert not kept.cache.exists(), "nothing is made ready for a guest"
+
+
+def test_a_rewind_where_nothing_is_kept(host: Host) -> None:
+    assert "no outcome is called 'latest'" in host.lsmlab("rewind", "latest").refused(4)
 
 
 # Programs that are missing or fail
@@ -544,9 +615,10 @@ def test_an_interrupt_while_a_guest_boots(imaged: Host, number: signal.Signals) 
     assert imaged.leftovers() == []
 
 
-def test_an_interrupt_while_two_arms_wait_for_one_boot(imaged: Host) -> None:
-    with stuck_in(imaged, QEMU, "run", FLAGSHIP, "--accel", "tcg", "--guests", "5") as stuck:
-        wait_until("three guests boot, two arms wait", lambda: len(stuck.stubs()) == 3, 30)
+def test_an_interrupt_while_a_scenario_waits_for_the_boots_of_another(imaged: Host) -> None:
+    two = (FLAGSHIP, f"{FLAGSHIP}-as-root")
+    with stuck_in(imaged, QEMU, "run", *two, "--accel", "tcg", "--guests", "6") as stuck:
+        wait_until("three guests boot, three wait for them", lambda: len(stuck.stubs()) == 3, 30)
         os.killpg(stuck.process.pid, signal.SIGINT)
         assert stuck.ended(4).code == 2
         assert stuck.stubs() == []
@@ -560,6 +632,16 @@ def test_killed_while_guests_boot(imaged: Host) -> None:
         stuck.ended(10)
     assert imaged.leftovers() != []
     imaged.lsmlab("images", "prune")
+    assert imaged.leftovers() == []
+
+
+def test_an_interrupt_while_policies_are_checked(imaged: Host) -> None:
+    with stuck_in(imaged, "unshare", "check", FLAGSHIP) as stuck:
+        os.killpg(stuck.process.pid, signal.SIGINT)
+        found = stuck.ended(10)
+        assert (found.code, found.out) == (2, ""), found.err
+        assert "Traceback" not in found.err
+        assert stuck.stubs() == []
     assert imaged.leftovers() == []
 
 
@@ -599,6 +681,39 @@ def test_a_store_of_a_newer_lsmlab(host: Host) -> None:
 
 def test_prune_on_nothing(host: Host) -> None:
     assert host.lsmlab("images", "prune") == Ended(0, "", "lsmlab: 0 MiB freed\n")
+
+
+def test_pruning_while_a_run_uses_an_image(imaged: Host) -> None:
+    (folder,) = (imaged.cache / "images").iterdir()
+    with stuck_in(imaged, QEMU, "run", FLAGSHIP, "--accel", "tcg", "--guests", "1"):
+        assert " current, in use" in imaged.lsmlab("images").out
+        (row,) = json.loads(imaged.lsmlab("images", "--json", "-").out)["images"]
+        assert (row["status"], row["in_use"], row["folder"]) == ("current", True, str(folder))
+        found = imaged.lsmlab("images", "prune", "--all")
+        assert found == Ended(0, f"kept image {folder.name}: in use\n", "lsmlab: 0 MiB freed\n")
+    assert folder.exists()
+    found = imaged.lsmlab("images", "prune", "--all")
+    assert f"removed image {folder.name} (" in found.out
+    assert not folder.exists()
+
+
+@needs_root
+def test_what_cannot_be_pruned_is_said(imaged: Host) -> None:
+    (folder,) = (imaged.cache / "images").iterdir()
+    mount = 'mount --bind "$0" "$0" && exec "$@"'
+    imaged.wrapper = ("unshare", "--mount", "sh", "-c", mount, str(folder / "initrd"))
+    found = imaged.lsmlab("images", "prune", "--all")
+    assert (found.code, found.out) == (1, ""), found.err
+    assert f"lsmlab: {folder}: cannot be removed: 0 MiB are left" in found.err
+    assert found.err.endswith("lsmlab: 0 MiB freed\n")
+
+
+@pytest.mark.parametrize("command", [["run", FLAGSHIP], ["images", "build", "debian-13"]], ids="_".join)
+def test_a_limit_that_is_no_number(host: Host, command: list[str]) -> None:
+    host.environment["LSMLAB_CACHE_LIMIT"] = "20G"
+    complaint = host.lsmlab(*command).refused(4)
+    assert "LSMLAB_CACHE_LIMIT=20G: expected a number of GiB" in complaint
+    assert not (host.cache).exists()
 
 
 def test_images_where_nothing_is_built(host: Host) -> None:
@@ -641,6 +756,106 @@ def test_the_lists_are_aligned(host: Host) -> None:
         found = host.lsmlab(command)
         assert (found.code, found.err) == (0, "")
         assert re.search(rf"^{first} ", found.out, re.MULTILINE), found.out
+
+
+def test_scenarios_are_chosen(host: Host) -> None:
+    table = host.lsmlab("scenarios", "--framework", "selinux", "--verdict", "not_contained")
+    assert (table.code, table.err) == (0, "")
+    ids = [line.split()[0] for line in table.out.splitlines()[2:]]
+    rows = json.loads(host.lsmlab("scenarios", "-f", "selinux", "--verdict", "NOT_CONTAINED", "--json", "-").out)
+    assert ids == [r["id"] for r in rows["scenarios"]]
+    assert "nginx-reads-shadow-permissive-domain" in ids and FLAGSHIP not in ids
+    assert table.out.splitlines()[0].split()[:4] == ["scenario", "difficulty", "service", "technique"]
+
+
+def test_where_no_scenario_fits(host: Host) -> None:
+    both = ["--technique", "T1003.008", "--tag", "dac", "--verdict", "OVERBLOCKED"]
+    assert "no scenario fits: there are " in host.lsmlab("scenarios", *both).refused(5)
+    nothing = host.lsmlab("scenarios", *both, "--json", "-")
+    assert (nothing.code, json.loads(nothing.out)) == (5, {"schema": 1, "scenarios": []})
+
+
+# Writing scenarios
+
+
+def test_from_nothing_to_a_scenario_that_is_checked(host: Host) -> None:
+    new = host.lsmlab("new", "scenario", "mine")
+    assert (new.code, new.err) == (0, "")
+    assert new.out.startswith("scenarios/mine: nginx.apparmor, scenario.yaml, site.conf\n")
+    commands = [line.split()[1:] for line in new.out.splitlines() if line.startswith("  lsmlab ")]
+    assert commands == [["check", "mine"], ["run", "mine"]]
+    checked = host.lsmlab(*commands[0], "--no-compile")
+    assert checked.code == 0, checked.out
+    assert re.search(r"^ok +scenario +mine +keys, 2 files$", checked.out, re.MULTILINE)
+    assert "\n1 scenario and 2 labs: 3 ok; policies were not compiled, as asked\n" in checked.out
+    again = host.lsmlab("new", "scenario", "mine").refused(4)
+    assert "a scenario is called 'mine' already" in again
+
+
+def test_a_check_that_could_not_compile_is_no_success(host: Host) -> None:
+    host.lsmlab("new", "scenario", "mine")
+    found = host.lsmlab("check", "mine")
+    assert found.code == 3
+    assert "not compiled: nginx.apparmor: the image of debian-13 is not built" in found.out
+    assert not host.called("mmdebstrap")
+
+
+def test_a_check_lists_all_faults_as_text_and_as_json(host: Host) -> None:
+    file = own_scenario(host, SCENARIO.replace(f"id: {FLAGSHIP}", "id: mine").replace("title:", "titel:"))
+    own_scenario(host, SCENARIO.replace("technique:", "technik:"), "other")
+    found = host.lsmlab("check", "--no-compile")
+    assert found.code == 4
+    assert f"{file}:3: titel: unknown key; did you mean 'title'?" in found.out
+    assert "technik: unknown key" in found.out and "Traceback" not in found.err
+    as_json = host.lsmlab("check", "--no-compile", "--json", "-")
+    assert as_json.code == 4
+    rows = {r["id"]: r["status"] for r in json.loads(as_json.out)["files"]}
+    assert rows == {"debian-12": "sound", "debian-13": "sound", "mine": "faulty", "other": "faulty"}
+
+
+def test_the_schema_is_json(host: Host) -> None:
+    for kind in ("scenario", "lab"):
+        found = host.lsmlab("schema", kind)
+        assert (found.code, found.err) == (0, "")
+        assert json.loads(found.out)["title"] == f"lsmlab {kind}"
+    assert host.lsmlab("schema").out == host.lsmlab("schema", "scenario").out
+    assert not host.home.exists()
+
+
+def test_the_catalogue_is_made_of_what_is_kept_or_of_files(kept: Host) -> None:
+    first = kept.lsmlab("catalogue", "--out", ".")
+    assert (first.code, first.out, first.err) == (0, "catalogue.md\ncomparison.md\n", "")
+    text = (kept.work / "catalogue.md").read_text()
+    assert f"### {FLAGSHIP}" in text and "2 were seen (2 CONTAINED)" in text
+    kept.lsmlab("show", "1", "--json", "one.json")
+    assert kept.lsmlab("catalogue", "--out", ".", "--outcomes", "one.json").code == 0
+    assert "1 were seen (1 CONTAINED)" in (kept.work / "catalogue.md").read_text()
+    assert "outcomes" in kept.lsmlab("catalogue", "--out", ".", "--outcomes", "catalogue.md").refused(4)
+
+
+COMPLETED: list[tuple[str, str]] = [
+    ("lsmlab check nginx-reads-shadow-wi", "nginx-reads-shadow-wide-profile"),
+    ("lsmlab check --lab debian-1", "debian-12"),
+    ("lsmlab schema s", "scenario"),
+    ("lsmlab scenarios --tag path", "path-traversal"),
+    ("lsmlab scenarios --technique T10", "T1003.008"),
+    ("lsmlab scenarios --service ng", "nginx"),
+    ("lsmlab scenarios --difficulty int", "intermediate"),
+    ("lsmlab scenarios --verdict NOT", "NOT_CONTAINED"),
+    ("lsmlab scenarios --framework app", "apparmor"),
+]
+
+
+@pytest.mark.parametrize(("words", "wanted"), COMPLETED, ids=[w for _, w in COMPLETED])
+def test_the_shell_completes_what_is_there(host: Host, words: str, wanted: str) -> None:
+    asked = {"_LSMLAB_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    found = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv = ['lsmlab']; import lsmlab.cli; lsmlab.cli.main()"],
+        cwd=host.work, env={**os.environ, "LSMLAB_HOME": str(host.home), **asked},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert wanted in found.stdout.split(), found
+    assert not host.home.exists()
 
 
 def test_own_scenarios_are_listed_beside_the_built_in(host: Host) -> None:

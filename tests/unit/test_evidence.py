@@ -103,6 +103,17 @@ def test_two_denials_of_one_event_share_its_other_records() -> None:
     assert sorted(first.raw) == sorted(second.raw)
 
 
+def test_a_record_without_permissions_says_its_operation() -> None:
+    line = (
+        'type=AVC msg=audit(1.0:2): apparmor="DENIED" operation="change_onexec" class="file" profile="shop" '
+        'name="unconfined" pid=602 comm="shop" target="unconfined"'
+    )
+    (denial,) = denials(parse(line))
+    assert (denial.permissions, denial.access) == ((), "change_onexec")
+    (other,) = denials(parse(avc("read", "open")))
+    assert other.access == "read open"
+
+
 def test_apparmor_enforce_capture_is_read_exactly() -> None:
     records = parse(sample("apparmor-enforce.log"))
     (found,) = denials(records)
@@ -367,6 +378,149 @@ def test_what_a_process_writes_into_the_log_is_not_the_kernels_record(kind: str)
 def test_an_avc_in_a_users_record_is_no_denial() -> None:
     forged = avc().partition("): ")[2]
     assert denials(parse(USER_RECORD.format(subj=HTTPD, forged=forged))) == ()
+
+
+def told_by(pid: int, words: str, *, sender: str = "system_u:system_r:system_dbusd_t:s0") -> str:
+    """A record that a process with CAP_AUDIT_WRITE sent: the kernel says who it is, and the rest are its words."""
+    return (
+        f"type=USER_AVC msg=audit(1795509852.188:147): pid={pid} uid=33 auid=4294967295 ses=4294967295 subj={sender}"
+        f" msg='{words}'"
+    )
+
+
+def words_of(before: str = "", *, tclass: str = " tclass=dbus", spid: str = " spid=482") -> str:
+    return (
+        f"{before}avc:  denied  {{ send_msg }} for {spid} scontext={HTTPD} tcontext=system_u:system_r:init_t:s0{tclass}"
+        " permissive=0"
+    )
+
+
+@pytest.mark.parametrize("tclass", ["dbus", "service", "system", "passwd", "nscd", "db_table", "x_drawable"])
+def test_an_object_manager_speaks_of_its_own_classes(tclass: str) -> None:
+    found = only(told_by(348, words_of(tclass=f" tclass={tclass}")))
+    assert (found.pid, found.tclass, found.subject, found.effective) == (482, tclass, HTTPD, True)
+
+
+@pytest.mark.parametrize("tclass", [" tclass=file", " tclass=capability", " tclass=DB_TABLE", " tclass=adb_", ""])
+def test_of_the_kernels_classes_nobody_else_speaks(tclass: str) -> None:
+    assert denials(parse(told_by(348, words_of(tclass=tclass)))) == ()
+
+
+@pytest.mark.parametrize("before", ["", "pid=348 ", "x pid=348 subj=a:b_r:c:s0 ", "' pid=348 '"])
+def test_nobody_speaks_of_itself(before: str) -> None:
+    # its own number and context are the kernel's, who writes them first
+    assert denials(parse(told_by(482, words_of(before)))) == ()
+    assert denials(parse(told_by(483, words_of(before), sender=HTTPD))) == ()
+    assert denials(parse(told_by(483, words_of(before, spid=""), sender=HTTPD))) == ()
+    assert len(denials(parse(told_by(483, words_of(before))))) == 1
+
+
+def test_a_context_that_is_missing_is_nobodys() -> None:
+    both = told_by(348, words_of())
+    for silent in (" subj=system_u:system_r:system_dbusd_t:s0", f" scontext={HTTPD}"):
+        assert len(denials(parse(both.replace(silent, "")))) == 1
+    neither = both.replace(" subj=system_u:system_r:system_dbusd_t:s0", "").replace(f" scontext={HTTPD}", "")
+    assert denials(parse(neither)) == ()
+
+
+def test_the_message_of_an_object_manager_is_read_and_not_kept() -> None:
+    (record,) = parse(told_by(348, words_of()))
+    assert "msg" not in record.fields
+    assert (record.fields["pid"], record.fields["spid"]) == ("348", "482")
+    (other,) = parse(told_by(348, "op=login"))
+    assert other.fields["msg"] == "op=login"
+
+
+# Which fields and records
+
+
+@pytest.mark.parametrize(
+    "key", ["name", "path", "comm", "exe", "cwd", "proctitle", "profile", "key", "target", "peer", "info"]
+)
+def test_what_a_process_may_choose_is_decoded(key: str) -> None:
+    (record,) = parse(f"type=SYSCALL msg=audit(1.2:3): {key}={untrusted(b'a b')}")
+    assert record.fields == {key: "a b"}
+
+
+@pytest.mark.parametrize("key", ["ino", "dev", "a1", "subj", "scontext", "exit"])
+def test_what_the_kernel_chooses_is_not(key: str) -> None:
+    (record,) = parse(f"type=SYSCALL msg=audit(1.2:3): {key}=4142")
+    assert record.fields == {key: "4142"}
+
+
+@pytest.mark.parametrize("kind", ["DENIED", "ALLOWED", "KILL", "STATUS", "AUDIT", "ERROR"])
+def test_apparmors_records_have_types_of_their_own(kind: str) -> None:
+    said = {"KILL": "KILLED"}.get(kind, kind)
+    records = parse(apparmor(kind=said).replace("type=AVC", f"type=APPARMOR_{kind}"))
+    assert len(denials(records)) == (kind in {"DENIED", "ALLOWED", "KILL"})
+    assert len(mode_changes(records)) == (kind == "STATUS")
+    assert denials(parse(apparmor(kind=said).replace("type=AVC", "type=APPARMOR_HINT"))) == ()
+
+
+@pytest.mark.parametrize(
+    "body", ["avc=denied", "avc=denied permissions=read scontext=a", "permissions=x", "avc=denied {"]
+)
+def test_only_the_kernels_own_words_make_an_avc(body: str) -> None:
+    (record,) = parse(f"type=AVC msg=audit(1.0:1): {body}")
+    assert {"avc", "permissions"}.isdisjoint(record.fields)
+    assert denials([record]) == ()
+
+
+# What a record does not say
+
+
+def test_an_avc_that_says_little_is_empty_where_it_is_silent() -> None:
+    found = only(
+        "type=AVC msg=audit(1.2:3): avc:  denied  { read } for  permissive=0\ntype=PATH msg=audit(1.2:3): item=0"
+    )
+    assert found.model_dump(exclude={"raw"}) == {
+        "framework": Framework.SELINUX, "effective": True, "logged_only": False, "event": ("1.2", 3), "pid": None,
+        "ppid": None, "auid": None, "comm": "", "subject": "", "object": "", "tclass": "", "permissions": ("read",),
+        "name": "", "paths": (("", None),), "dev": "", "ino": None, "operation": "", "syscall_success": None,
+    }  # fmt: skip
+
+
+def test_an_apparmor_record_that_says_little_is_empty_where_it_is_silent() -> None:
+    found = only('type=AVC msg=audit(1.2:3): apparmor="DENIED"')
+    assert (found.subject, found.object, found.tclass, found.operation, found.comm, found.name) == ("",) * 6
+    assert (found.permissions, found.pid, found.effective) == ((), None, True)
+
+
+def test_a_call_that_does_not_say_how_it_ended_leaves_it_open() -> None:
+    found = only(f"{avc()}\n{syscall().replace('success=no ', '')}")
+    assert (found.syscall_success, found.effective) == (None, True)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [('"sha', "sha"), ("'sha", "sha"), ('"', ""), ("'a b'", "a b"), ("'4142'", "4142"), ('""', ""), ("''", "")],
+)
+def test_a_quote_is_taken_off_closed_or_not(written: str, read: str) -> None:
+    assert only(f"type=AVC msg=audit(1.2:3): avc:  denied  {{ read }} for  name={written}").name == read
+
+
+@pytest.mark.parametrize(
+    ("rule_class", "mask", "permissions"),
+    [("net", "rd", ("rd",)), (None, "send receive", ("send", "receive")), (None, "rd", ("r", "d"))],
+)
+def test_apparmor_masks_are_letters_for_files_alone(
+    rule_class: str | None, mask: str, permissions: tuple[str, ...]
+) -> None:
+    assert only(apparmor(rule_class=rule_class, mask=mask)).permissions == permissions
+
+
+@pytest.mark.parametrize("end", ["", "  ", "X", "\t"])
+def test_a_line_is_kept_as_it_was_but_for_its_end(end: str) -> None:
+    record = parse_line(f"{avc()}{end}\n")
+    assert record is not None
+    assert record.raw == avc() + end
+    assert parse_line(f"\n{avc()}") is None
+
+
+def test_a_serial_that_no_kernel_has_is_cut() -> None:
+    record = parse_line(avc(serial=10**30))
+    assert record is not None
+    assert record.serial == 10**17
 
 
 # Properties

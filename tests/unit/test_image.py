@@ -1,28 +1,24 @@
-"""Images: what their digest hangs on, where their packages come from, the proof about dontaudit, and the cache."""
+"""Images: what their digest hangs on, where their packages come from, the proof about dontaudit, how they are found."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
-import shutil
-import signal
-import subprocess
-import sys
+import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
 import pytest
+from entries import Notes, put_image
 
-from lsmlab import cache, discovery, paths
+from lsmlab import cache, discovery, host, paths
 from lsmlab.errors import HostError, ImageError
 from lsmlab.image import build, policy
+from lsmlab.image.build import Image
 from lsmlab.lab import Lab
-
-ABOUT = {"lab": "debian-13", "packages": {"nginx": "1"}}
 
 
 @pytest.fixture(autouse=True)
@@ -237,6 +233,24 @@ def keyring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "KEYRING", KEYRING)
 
 
+def test_a_package_that_does_not_exist_is_named(lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = "installing failed (25): mmdebstrap\nBuilding tree...\nE: Unable to locate package no-such-one\nE: x"
+
+    def fail(*_: object, **__: object) -> bytes:
+        raise HostError(said)
+
+    monkeypatch.setattr(build, "package_sources", lambda _: [])
+    monkeypatch.setattr(build, "proxy_settings", lambda: "")
+    monkeypatch.setattr(host, "need", str)
+    monkeypatch.setattr(host, "run", fail)
+    with pytest.raises(ImageError) as caught:
+        build._bootstrap(lab, tmp_path)
+    assert caught.value.message == "Debian trixie has no package no-such-one"
+    said = "installing failed (100): mmdebstrap\nE: Failed to fetch"
+    with pytest.raises(ImageError, match="Failed to fetch"):
+        build._bootstrap(lab, tmp_path)
+
+
 @pytest.mark.usefixtures("keyring")
 def test_packages_come_from_where_this_machines_apt_takes_them(stub: Stub) -> None:
     stub("apt-get", DEBIAN)
@@ -319,83 +333,7 @@ def test_no_proxy_and_no_apt_config(stub: Stub) -> None:
     assert build.proxy_settings() == ""
 
 
-# The cache
-
-
-def published(target: Path, **files: bytes) -> Path:
-    with cache.scratch("test") as work:
-        for name, content in files.items():
-            (work / name).write_bytes(content)
-        (work / "not-mentioned").write_bytes(b"x")
-        cache.publish(work, target, tuple(files), ABOUT)
-    return target
-
-
-@pytest.fixture
-def entry(tmp_path: Path) -> Path:
-    return published(tmp_path / "entries" / "one", disk=b"a disk" * 1000, kernel=b"")
-
-
-def check(target: Path, *, full: bool = True) -> str:
-    manifest = cache.read_manifest(target)
-    assert manifest is not None
-    return cache.damage(target, manifest, full=full)
-
-
-def test_what_is_published_is_whole(entry: Path) -> None:
-    assert sorted(p.name for p in entry.iterdir()) == ["disk", "kernel", cache.MANIFEST]
-    manifest = cache.read_manifest(entry)
-    assert manifest is not None
-    assert {k: manifest[k] for k in ABOUT} == ABOUT
-    assert manifest["files"]["disk"] == {"sha256": cache.file_digest(entry / "disk"), "bytes": 6000}
-    assert check(entry) == ""
-    assert list((paths.cache() / "scratch").iterdir()) == []
-
-
-def test_publishing_replaces_an_older_entry(entry: Path) -> None:
-    (entry / "left-over").touch()
-    published(entry, disk=b"new")
-    assert sorted(p.name for p in entry.iterdir()) == ["disk", cache.MANIFEST]
-    assert (entry / "disk").read_bytes() == b"new"
-    assert check(entry) == ""
-
-
-def test_what_cannot_be_published_leaves_nothing(tmp_path: Path) -> None:
-    target = tmp_path / "entries" / "one"
-    with pytest.raises(OSError, match="no-such-file"), cache.scratch("test") as work:  # noqa: PT012
-        (work / "there").touch()
-        cache.publish(work, target, ("there", "no-such-file"), ABOUT)
-    assert not target.exists()
-    assert list((paths.cache() / "scratch").iterdir()) == []
-
-
-def test_a_place_that_is_taken_by_a_file(tmp_path: Path) -> None:
-    target = tmp_path / "entry"
-    target.write_text("somebody's")
-    with pytest.raises(HostError, match="cannot be put in place"):
-        published(target, disk=b"x")
-
-
-@pytest.mark.parametrize(
-    ("change", "words", "full_only"),
-    [
-        (lambda e: (e / "disk").unlink(), "disk is missing", False),
-        (lambda e: (e / "disk").write_bytes(b"short"), "disk has 5 bytes, expected 6000", False),
-        (lambda e: (e / "disk").write_bytes(b"!" * 6000), "disk is damaged", True),
-        (lambda e: (e / "kernel").write_bytes(b"x"), "kernel has 1 bytes, expected 0", False),
-    ],
-    ids=["missing", "short", "changed", "longer"],
-)
-def test_damage_is_found(entry: Path, change: Callable[[Path], object], words: str, full_only: bool) -> None:
-    change(entry)
-    assert words in check(entry)
-    assert (check(entry, full=False) == "") is full_only
-
-
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"[]", b'{"files": []}', b"{}", b"\xff\xfe", b'{"files": null}'])
-def test_a_manifest_that_cannot_be_read_is_no_manifest(entry: Path, content: bytes) -> None:
-    (entry / cache.MANIFEST).write_bytes(content)
-    assert cache.read_manifest(entry) is None
+# How they are found, and built once
 
 
 def test_an_image_is_found_only_when_it_is_whole(lab: Lab) -> None:
@@ -433,161 +371,112 @@ def test_a_manifest_of_another_shape_is_damage(lab: Lab, lacking: str) -> None:
     assert build.find(lab) is None
 
 
-# Locks and scratch folders
+def build_made_up(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Have builds take no time; the folders that were built."""
+    built: list[Path] = []
+
+    def make(lab: Lab, folder: Path, *_: object) -> Image:
+        built.append(folder)
+        assert cache.in_use(folder), "held before it is there: nobody can remove it in between"
+        return put_image(lab, folder.name.rpartition("-")[2])
+
+    monkeypatch.setattr(build, "_build", make)
+    return built
 
 
-def test_a_lock_is_exclusive_and_given_back(tmp_path: Path) -> None:
-    path = tmp_path / "locks" / "one"
-    with cache.lock(path) as first:
-        with cache.lock(path, wait=False) as second, cache.lock(path, shared=True, wait=False) as third:
-            assert (first, second, third) == (True, False, False)
-        with cache.lock(path, wait=False) as again:
-            assert again is False
-    with cache.lock(path, wait=False) as free:
-        assert free is True
+def test_an_image_is_built_once_and_held(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = build_made_up(monkeypatch)
+    with contextlib.ExitStack() as uses:
+        first = build.ensure(lab, Notes(), uses=uses)
+        assert cache.drop(first.folder) is None
+    assert not cache.in_use(first.folder)
+    assert build.ensure(lab, Notes()) == first
+    assert not cache.in_use(first.folder)
+    with contextlib.ExitStack() as uses:
+        assert build.ensure(lab, Notes(), uses=uses) == first
+        assert cache.drop(first.folder) is None
+        second = build.ensure(lab, Notes(), rebuild=True, uses=uses)
+        assert cache.drop(second.folder) is None
+    assert built == [first.folder, second.folder]
+    assert build.find(lab) == second
 
 
-def test_a_shared_lock_is_shared(tmp_path: Path) -> None:
-    path = tmp_path / "one"
-    with cache.lock(path, shared=True) as first, cache.lock(path, shared=True, wait=False) as second:
-        assert (first, second) == (True, True)
-        with cache.lock(path, wait=False) as exclusive:
-            assert exclusive is False
+def test_a_damaged_image_is_said_and_left_to_who_uses_it(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = build_made_up(monkeypatch)
+    notes = Notes()
+    old = put_image(lab, "old")
+    with cache.use(old.folder):
+        old.initrd.write_bytes(b"y")
+        new = build.ensure(lab, notes)
+        assert old.initrd.exists()
+    assert built == [new.folder]
+    (note,) = notes.notes
+    assert re.fullmatch(r"The cached image of debian-13 is damaged \(initrd is damaged: .*\): it is not used\.", note)
 
 
-def test_a_lock_is_given_back_when_the_block_fails(tmp_path: Path) -> None:
-    with contextlib.suppress(RuntimeError), cache.lock(tmp_path / "one"):
-        raise RuntimeError
-    with cache.lock(tmp_path / "one", wait=False) as free:
-        assert free is True
+def test_an_image_that_is_removed_once_it_was_found_is_built_anew(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = build_made_up(monkeypatch)
+    old = put_image(lab, "old")
+    find = cache.builds
+
+    def late(pattern: Path) -> list[Path]:
+        found = find(pattern)
+        cache.drop(old.folder)
+        return found
+
+    monkeypatch.setattr(cache, "builds", late)
+    assert build.ensure(lab, Notes()).folder == built[0] != old.folder
 
 
-def test_a_lock_is_waited_for(tmp_path: Path) -> None:
-    got: list[float] = []
-
-    def wait() -> None:
-        with cache.lock(tmp_path / "one"):
-            got.append(time.monotonic())
-
-    with cache.lock(tmp_path / "one"):
-        waiter = threading.Thread(target=wait)
+def test_an_image_that_another_run_builds_is_waited_for(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = build_made_up(monkeypatch)
+    notes = Notes()
+    found: list[Image] = []
+    with cache.lock(paths.cache() / "locks" / f"image-{build.recipe_digest(lab)[:16]}"):
+        waiter = threading.Thread(target=lambda: found.append(build.ensure(lab, notes)))
         waiter.start()
-        time.sleep(0.1)
-        assert got == []
-        released = time.monotonic()
-    waiter.join(10)
-    assert got
-    assert got[0] >= released
-
-
-def hold(path: str, ready: str) -> None:
-    with cache.lock(Path(path)):
-        Path(ready).touch()
-        signal.pause()
-
-
-@contextlib.contextmanager
-def held_by_another(path: Path) -> Iterator[multiprocessing.process.BaseProcess]:
-    ready = path.with_suffix(".ready")
-    process = multiprocessing.get_context("spawn").Process(target=hold, args=(str(path), str(ready)))
-    process.start()
-    try:
         deadline = time.monotonic() + 20
-        while not ready.exists():
+        while "another run is building this image; waiting" not in notes.steps:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        yield process
-    finally:
-        process.kill()
-        process.join()
+        theirs = put_image(lab, "theirs")
+    waiter.join(20)
+    assert found == [theirs]
+    assert built == []
 
 
-def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
-    with held_by_another(tmp_path / "one") as process:
-        with cache.lock(tmp_path / "one", wait=False) as free:
-            assert free is False
-        process.kill()
-        process.join()
-        with cache.lock(tmp_path / "one", wait=False) as free:
-            assert free is True
+# Compiled policies
 
 
-def test_a_scratch_folder_is_gone_afterwards(home: Path) -> None:
-    with cache.scratch("image-debian-13") as folder:
-        assert folder.parent == home / "cache" / "scratch"
-        assert folder.name.startswith("image-debian-13-")
-        (folder / "deep").mkdir()
-        (folder / "deep" / "file").touch()
-    assert not folder.exists()
-    with contextlib.suppress(RuntimeError), cache.scratch("image") as folder:
-        raise RuntimeError
-    assert not folder.exists()
+@pytest.fixture
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], bytes]:
+    """Compiles one module for the image of a digest; the compiler answers with how often it was asked."""
+    module = tmp_path / "own.cil"
+    module.write_text("(type own_t)")
+    calls: list[str] = []
+
+    def answer(argv: Sequence[str], **_: object) -> bytes:
+        calls.append(argv[-2])
+        for name in policy.FILES:
+            (Path(argv[-2]) / name).write_text(f"{name} {len(calls)}")
+        return b""
+
+    monkeypatch.setattr(host, "in_namespace", list)
+    monkeypatch.setattr(host, "run", answer)
+    return lambda digest: policy.compile_modules(tmp_path / "tree.tar", digest, [module]).policy
 
 
-def test_a_sweep_leaves_what_is_in_use() -> None:
-    with cache.scratch("mine") as folder:
-        assert cache.sweep() == 0
-        assert folder.exists()
+def test_a_policy_is_compiled_once_for_an_image(compiled: Callable[[str], bytes]) -> None:
+    assert [compiled("one"), compiled("one"), compiled("two"), compiled("one")] == [
+        b"policy 1", b"policy 1", b"policy 2", b"policy 1",
+    ]  # fmt: skip
+    manifests = [cache.read_manifest(folder) for folder in (paths.cache() / "policies").iterdir()]
+    assert sorted(m["image"] for m in manifests if m) == ["one", "two"]
 
 
-LEAVE = """
-import os, sys
-from lsmlab import cache
-with cache.scratch("killed") as folder:
-    (folder / "file").touch()
-    print(folder, flush=True)
-    os.kill(os.getpid(), 9)
-"""
-
-
-def test_a_sweep_removes_what_kill_9_left() -> None:
-    killed = subprocess.run([sys.executable, "-c", LEAVE], capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    left = Path(killed.stdout.strip())
-    assert (left / "file").exists()
-    assert cache.sweep() == 1
-    assert not left.exists()
-    assert cache.sweep() == 0
-
-
-def test_a_sweep_removes_what_never_got_its_lock(home: Path) -> None:
-    folder = home / "cache" / "scratch" / "made-and-killed"
-    (folder / "deep").mkdir(parents=True)
-    assert cache.sweep() == 1
-    assert not folder.exists()
-
-
-def test_a_folder_that_its_run_removes_meanwhile_is_no_error(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (home / "cache" / "scratch" / "ending").mkdir(parents=True)
-    make = paths.make
-
-    def vanish(folder: Path) -> Path:
-        if folder.name != "ending":
-            return make(folder)
-        shutil.rmtree(folder)
-        return folder
-
-    monkeypatch.setattr(paths, "make", vanish)
-    cache.sweep()
-
-
-def test_a_sweep_where_nothing_is(home: Path) -> None:
-    assert cache.sweep() == 0
-    assert not (home / "cache" / "scratch").exists()
-
-
-def test_a_stray_file_does_not_keep_a_sweep_from_its_work(home: Path) -> None:
-    root = home / "cache" / "scratch"
-    (root / "left").mkdir(parents=True)
-    (root / "disk.raw").touch()
-    cache.sweep()
-    assert not (root / "left").exists()
-
-
-def test_runs_hold_the_cache_together_and_pruning_alone() -> None:
-    with cache.in_use() as one, cache.in_use() as two:
-        assert (one, two) == (True, True)
-        with cache.in_use(exclusive=True) as pruning:
-            assert pruning is False
-    with cache.in_use(exclusive=True) as pruning:
-        assert pruning is True
+def test_a_damaged_policy_is_compiled_anew(compiled: Callable[[str], bytes]) -> None:
+    compiled("one")
+    (folder,) = (paths.cache() / "policies").iterdir()
+    (folder / "policy").write_bytes(b"policy !")
+    assert compiled("one") == b"policy 2"
+    assert compiled("one") == b"policy 2"

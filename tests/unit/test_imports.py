@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+
+from lsmlab.guest import agent
 
 HARNESS = Path(__file__).resolve().parents[2] / "harness"
 PACKAGE = "lsmlab"
@@ -15,7 +19,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(row.split())
     for row in (
         # the words, and what stands on nothing
-        "lsmlab terms errors progress portal",
+        "lsmlab terms terminal progress portal",
+        "errors",
+        # what runs in a guest: it imports nothing of ours, and here it is a text
+        "guest.agent",
         # files, folders and programs of the host
         "definition paths host",
         "cache",
@@ -23,13 +30,14 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "lab",
         "scenario",
         "discovery",
+        "schema selection skeleton",
         # what was read on a guest
         "facts",
         "evidence dac",
         # guests
         "channel channel.base",
         "channel.agent",
-        "image image.policy",
+        "image image.policy image.probe",
         "image.build",
         "machine machine.base machine.qemu",
         "machine.accel machine.states",
@@ -42,14 +50,21 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "outcome",
         "store",
         # what joins them
+        "inventory",
         "bench",
         "prepare",
         "run trial shell",
-        "inventory doctor",
+        "falsify",
+        "catalogue",
+        "check.findings",
+        "check.definitions check.policies",
+        "check",
+        "doctor",
         # what people read
         "report report.tables",
         "report.progress report.text",
-        "report.trials",
+        "report.trials report.checks report.pages",
+        "report.comparison",
         # the front doors
         "testinfra_backend",
         "pytest_plugin cli",
@@ -147,6 +162,49 @@ def test_an_import_that_goes_back_is_told(tmp_path: Path, text: str, wrong: bool
     found = backwards(tmp_path, {"lsmlab": 0, "low": 1, "same": 1, "high": 2})
     assert len(found) == wrong, found
     assert all(line.startswith("lsmlab/low.py:") and "low imports " in line for line in found)
+
+
+# The agent in the guest
+
+
+AGENT = HARNESS / PACKAGE / "guest" / "agent.py"
+
+
+def test_the_agent_needs_nothing_but_pythons_own_library() -> None:
+    needed = set()
+    for node in ast.walk(ast.parse(AGENT.read_text("utf-8"), feature_version=(3, 9))):
+        if isinstance(node, ast.Import):
+            needed |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            needed.add((node.module or "").partition(".")[0])
+    assert {"json", "socket", "subprocess"} <= needed, "nothing was looked at"
+    assert not needed - sys.stdlib_module_names
+
+
+def test_the_agent_is_a_text_to_the_harness() -> None:
+    known = sources(HARNESS)
+    assert not [module for module, path in known.items() for _, name in imports(path, known) if name == "guest.agent"]
+
+
+def questions(path: Path) -> Iterator[tuple[int, str, set[str]]]:
+    """Line, operation and names of the arguments of each question to the agent; those of a ** are not seen."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        match node:
+            case ast.Call(func=ast.Attribute(attr="ask"), args=[ast.Constant(value=str(operation))], keywords=keywords):
+                yield node.lineno, operation, {k.arg for k in keywords if k.arg is not None}
+
+
+def test_what_the_agent_is_asked_it_knows() -> None:
+    asked = set()
+    for path in [*sources(HARNESS).values(), *sorted((HARNESS.parent / "scripts").glob("*.py"))]:
+        for line, operation, names in questions(path):
+            where = f"{path}:{line}: {operation}"
+            assert operation in agent.OPERATIONS, where
+            taken = inspect.signature(agent.OPERATIONS[operation]).parameters
+            assert names - {"within"} <= set(taken), where
+            asked.add(operation)
+    assert asked == set(agent.OPERATIONS), "operations that nobody asks for"
 
 
 def speech(tree: ast.Module) -> Iterator[tuple[int, str]]:

@@ -63,9 +63,10 @@ def outcome(case: Case, number: int, verdict: Verdict) -> Outcome:
 
 @dataclass(slots=True)
 class FakeGuest:
-    """A channel and a machine in one: answers with what it was asked, and SELinux obeys."""
+    """A channel and a machine in one: says what the tests look for, and SELinux obeys."""
 
     commands: list[tuple[str, ...]] = field(default_factory=list)
+    enforcing: bool = False
 
     @property
     def channel(self) -> FakeGuest:
@@ -73,10 +74,23 @@ class FakeGuest:
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float = 60) -> CommandResult:
         self.commands.append(tuple(argv))
-        answer = {"getenforce": b"Enforcing\n", "/sys/fs/selinux/enforce": b"1\n"}.get(argv[-1], b"")
+        mode = b"Enforcing\n" if self.enforcing else b"Permissive\n"
+        answer = mode if argv[-1] == "getenforce" else b""
         if argv[-1] == "kill -9 $$":
             return CommandResult(tuple(argv), None, 9, b"", b"", 0.0)
         return CommandResult(tuple(argv), 3 if argv[-1] == "exit 3" else 0, None, answer, b"a word\n", 0.0)
+
+    def write_file(self, path: str, data: bytes, *, mode: int | None = None, owner: str | None = None) -> None:
+        self.commands.append(("write", path, data.decode()))
+        if path == "/sys/fs/selinux/enforce":
+            self.enforcing = data == b"1"
+
+    def ask(self, operation: str, *, within: float = 30, **arguments: Any) -> Any:
+        self.commands.append(("ask", operation))
+        if operation == "mode":
+            return {"lsm": ["selinux"], "selinux_enforcing": self.enforcing, "profiles": None}
+        assert operation == "clock"
+        return None
 
 
 @dataclass(slots=True)
@@ -86,14 +100,14 @@ class Engine:
     verdicts: dict[Framework, Verdict] = field(default_factory=dict)
     error: LsmlabError | None = None
     bench_error: LsmlabError | None = None
-    runs: list[tuple[list[str], int | None]] = field(default_factory=list)
-    opened: list[tuple[str, str]] = field(default_factory=list)
+    runs: list[list[str]] = field(default_factory=list)
+    opened: list[tuple[str, str, int | None]] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
     guests: list[tuple[Kernel, FakeGuest]] = field(default_factory=list)
     stopped: int = 0
 
-    def run(self, bench: Any, wanted: Sequence[Case], *, guests: int | None = None) -> Iterator[Outcome]:
-        self.runs.append(([f"{c.scenario.id} {c.framework}" for c in wanted], guests))
+    def run(self, bench: Any, wanted: Sequence[Case]) -> Iterator[Outcome]:
+        self.runs.append([f"{c.scenario.id} {c.framework}" for c in wanted])
         if self.error is not None:
             raise self.error
         bench.progress.step("an arm", "doing something")
@@ -101,15 +115,18 @@ class Engine:
             yield outcome(case, 16 * len(self.runs) + number, self.verdicts.get(case.framework, Verdict.CONTAINED))
 
     @contextlib.contextmanager
-    def open_bench(self, lab: Lab, progress: Progress, *, accelerator: str = "auto") -> Iterator[Any]:
-        self.opened.append((lab.id, accelerator))
+    def open_bench(
+        self, lab: Lab, progress: Progress, *, accelerator: str = "auto", guests: int | None = None
+    ) -> Iterator[Any]:
+        self.opened.append((lab.id, accelerator, guests))
         if self.bench_error is not None:
             raise self.bench_error
         yield types.SimpleNamespace(lab=lab, progress=progress, guest=self.guest)
         self.closed.append(lab.id)
 
     @contextlib.contextmanager
-    def guest(self, kernel: Kernel, task: str) -> Iterator[FakeGuest]:
+    def guest(self, kernel: Kernel, task: str, *, kept_open: bool = False) -> Iterator[FakeGuest]:
+        assert kept_open, "a guest that a test session keeps takes no place of an experiment's"
         guest = FakeGuest()
         self.guests.append((kernel, guest))
         yield guest
@@ -167,8 +184,8 @@ def test_other_peoples_scenario_files_are_left_alone(pytester: pytest.Pytester, 
 def test_expected_verdicts_pass_and_the_control_arm_is_shared(pytester: pytest.Pytester, engine: Engine) -> None:
     result = run(pytester, "scenarios", "--lsmlab-guests", "2", "--lsmlab-accel", "tcg")
     result.assert_outcomes(passed=2)
-    assert engine.runs == [([f"{ID} selinux", f"{ID} apparmor"], 2)]
-    assert (engine.opened, engine.closed) == ([("debian-13", "tcg")], ["debian-13"])
+    assert engine.runs == [[f"{ID} selinux", f"{ID} apparmor"]]
+    assert (engine.opened, engine.closed) == ([("debian-13", "tcg", 2)], ["debian-13"])
     assert [(o.framework, o.verdict) for _, o in reversed(Store().recent())] == [
         (Framework.SELINUX, Verdict.CONTAINED),
         (Framework.APPARMOR, Verdict.CONTAINED),
@@ -189,12 +206,12 @@ def test_what_is_not_selected_is_not_run(
     pytester: pytest.Pytester, engine: Engine, arguments: list[str], items: int, cases: list[str]
 ) -> None:
     assert run(pytester, *arguments, "scenarios").parseoutcomes()["passed"] == items
-    assert [run for run, _ in engine.runs] == [[f"{ID} {c}" for c in cases]]
+    assert engine.runs == [[f"{ID} {c}" for c in cases]]
 
 
 def test_one_item_by_its_id(pytester: pytest.Pytester, engine: Engine) -> None:
     run(pytester, APPARMOR).assert_outcomes(passed=1)
-    assert engine.runs == [([f"{ID} apparmor"], None)]
+    assert engine.runs == [[f"{ID} apparmor"]]
 
 
 def test_the_vm_marker_selects_scenarios(pytester: pytest.Pytester, engine: Engine) -> None:
@@ -205,7 +222,7 @@ def test_the_vm_marker_selects_scenarios(pytester: pytest.Pytester, engine: Engi
 def test_a_worker_of_xdist_runs_its_own_items_only(pytester: pytest.Pytester, engine: Engine) -> None:
     pytester.makeconftest("def pytest_configure(config): config.workerinput = {}")
     run(pytester, "scenarios")
-    assert engine.runs == [([f"{ID} selinux"], None), ([f"{ID} apparmor"], None)]
+    assert engine.runs == [[f"{ID} selinux"], [f"{ID} apparmor"]]
 
 
 def test_pytest_may_lack_its_terminal(pytester: pytest.Pytester, engine: Engine) -> None:
@@ -265,7 +282,7 @@ def test_a_bench_that_cannot_be_opened_is_not_tried_again(pytester: pytest.Pytes
     engine.bench_error = HostError("no space left")
     result = run(pytester, "scenarios")
     result.assert_outcomes(failed=2)
-    assert engine.opened == [("debian-13", "auto")]
+    assert engine.opened == [("debian-13", "auto", None)]
     assert engine.runs == []
 
 
@@ -311,7 +328,7 @@ def test_another_lab(pytester: pytest.Pytester, engine: Engine) -> None:
     result = run(pytester, "scenarios", "--lab", "debian-12", "-v")
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(["*::nginx-reads-shadow?debian-12-selinux? PASSED*"])
-    assert engine.opened == [("debian-12", "auto")]
+    assert engine.opened == [("debian-12", "auto", None)]
 
 
 def _lacking(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
@@ -442,12 +459,14 @@ def test_testinfras_host_is_a_guest_in_the_arm(pytester: pytest.Pytester, engine
     result = run(pytester, "--lab", "debian-13", "--lsmlab-arm", "selinux-enforcing", "-v")
     result.assert_outcomes(passed=4)
     result.stdout.fnmatch_lines(["*::test_mode?lsmlab://selinux-enforcing@debian-13? PASSED*"])
-    assert engine.opened == [("debian-13", "auto")]
+    assert engine.opened == [("debian-13", "auto", None)]
     ((kernel, guest),) = engine.guests
     assert kernel is Kernel.SELINUX
-    assert [c for c in guest.commands if "mark" not in c][:3] == [
-        ("setenforce", "1"),
-        ("cat", "/sys/fs/selinux/enforce"),
+    assert guest.commands[:5] == [
+        ("ask", "clock"),
+        ("write", "/run/lsmlab-arm", "selinux-enforcing\n"),
+        ("write", "/sys/fs/selinux/enforce", "1"),
+        ("ask", "mode"),
         ("/bin/sh", "-c", "getenforce"),
     ]
     assert (engine.stopped, engine.closed) == (1, ["debian-13"])
@@ -458,7 +477,7 @@ def test_each_host_spec_has_a_guest_of_its_own(pytester: pytest.Pytester, engine
     pytester.makepyfile("def test_it(host): assert host.run('true').rc == 0")
     run(pytester, f"--hosts={specs}", "-k", "test_it").assert_outcomes(passed=2, deselected=2)
     assert sorted(kernel for kernel, _ in engine.guests) == [Kernel.NONE, Kernel.SELINUX]
-    assert engine.opened == [("debian-13", "auto")]
+    assert engine.opened == [("debian-13", "auto", None)]
     assert engine.stopped == 2
 
 

@@ -218,6 +218,13 @@ def test_threads_share_a_store(kept: Store) -> None:
     assert kept.count() == 24
 
 
+def test_threads_make_a_store_together(tmp_path: Path) -> None:
+    for attempt in range(40):
+        made = Store(tmp_path / f"{attempt}.sqlite")
+        with ThreadPoolExecutor(8) as pool:
+            assert sorted(pool.map(lambda n, made=made: made.add(outcome(n)), range(8))) == list(range(1, 9))
+
+
 ENDLESS = """
 import sys
 from pathlib import Path

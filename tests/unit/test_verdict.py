@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 from builders import (
     AUID,
+    HTTPD,
     WORD,
     apparmor,
     avc,
@@ -36,9 +38,9 @@ from hypothesis import strategies as st
 
 from lsmlab.attempt import Observation
 from lsmlab.dac import DacExplanation
-from lsmlab.evidence import Denial
+from lsmlab.evidence import Denial, denials, parse
 from lsmlab.scenario import Attempt, DenialExpectation, Scenario
-from lsmlab.terms import Arm, AttemptKind, Framework, Result, SourceState, Verdict, arms_of
+from lsmlab.terms import Arm, AttemptKind, Control, Framework, Result, SourceState, Verdict, arms_of
 from lsmlab.verdict import (
     Attribution,
     Conclusion,
@@ -47,21 +49,28 @@ from lsmlab.verdict import (
     attribute,
     conclude,
     ending,
+    failure,
     judge,
     mode_problem,
     own_denials,
+    settle,
+    wrong_subject,
 )
 
 ALLOWED, BLOCKED, UNCLEAR, FAILED = Result.ALLOWED, Result.BLOCKED, Result.UNCLEAR, Result.FAILED
 SELINUX, APPARMOR = Framework.SELINUX, Framework.APPARMOR
 DAC, PERMISSIVE, ENFORCING = Arm.DAC, Arm.SELINUX_PERMISSIVE, Arm.SELINUX_ENFORCING
 COMPLAIN, ENFORCE = Arm.APPARMOR_COMPLAIN, Arm.APPARMOR_ENFORCE
-SUBJECT = {DAC: "", PERMISSIVE: "httpd_t", ENFORCING: "httpd_t", COMPLAIN: "nginx", ENFORCE: "nginx"}
-READ_IT: dict[str, Any] = {"output": f"lsmlab-{WORD}:!:::::::", "http_status": 200, "errors": "http_code=200"}
+NO_SELINUX, NO_APPARMOR = Arm.SELINUX_UNCONFINED, Arm.APPARMOR_UNCONFINED
+SUBJECT = {
+    DAC: "", PERMISSIVE: "httpd_t", ENFORCING: "httpd_t", NO_SELINUX: "httpd_t",
+    COMPLAIN: "nginx", ENFORCE: "nginx", NO_APPARMOR: "nginx",
+}  # fmt: skip
+READ_IT: dict[str, Any] = {"output": f"lsmlab-{WORD}:!:::::::", "http_status": 200}
 
 
-def result_of(spec: Attempt, seen: Observation, arm: Arm = ENFORCING, **more: bool) -> tuple[Result, str]:
-    judgement = judge(spec, arm, seen, SUBJECT[arm], **more)
+def result_of(spec: Attempt, seen: Observation, arm: Arm = ENFORCING) -> tuple[Result, str]:
+    judgement = judge(spec, arm, seen, SUBJECT[arm])
     return judgement.result, judgement.reason
 
 
@@ -102,6 +111,8 @@ WRONG = {
     ENFORCING: mode(PERMISSIVE),
     COMPLAIN: mode(DAC),
     ENFORCE: mode(DAC),
+    NO_SELINUX: mode(PERMISSIVE),
+    NO_APPARMOR: mode(ENFORCE),
 }
 
 
@@ -115,10 +126,81 @@ def test_a_wrong_mode_fails_the_attempt(arm: Arm, when: str, seen: dict[str, Any
 
 
 def test_an_attack_on_the_mode_may_change_it_but_not_find_it_changed() -> None:
-    after = observation(ENFORCING, sample("mode-changes.log"), mode_after=mode(PERMISSIVE), **READ_IT)
+    log = "\n".join(line for line in sample("mode-changes.log").split("\n") if "type=CONFIG_CHANGE" not in line)
+    after = observation(ENFORCING, log, mode_after=mode(PERMISSIVE), **READ_IT)
     before = observation(ENFORCING, mode_before=mode(PERMISSIVE), **READ_IT)
-    assert result_of(http_attempt(), after, changes_mode=True)[0] is ALLOWED
-    assert result_of(http_attempt(), before, changes_mode=True)[0] is FAILED
+    assert result_of(http_attempt(changes_mac=True), after)[0] is ALLOWED
+    assert result_of(http_attempt(changes_mac=True), before)[0] is FAILED
+    assert result_of(http_attempt(), after)[0] is FAILED
+
+
+def test_a_block_with_mac_changed_all_the_same_is_none() -> None:
+    """An attack that switched MAC off and then stumbled has not been contained."""
+    spec, changed = http_attempt(changes_mac=True), "HTTP 403, and yet MAC was changed"
+    assert result_of(spec, observation(ENFORCING, avc(), mode_after=mode(PERMISSIVE))) == (UNCLEAR, changed)
+    line = sample("mode-changes.log").splitlines()[0]
+    assert result_of(spec, observation(ENFORCING, avc(), line)) == (UNCLEAR, changed)
+    assert result_of(spec, observation(ENFORCING, avc()))[0] is BLOCKED
+
+
+def test_a_profile_that_was_refused_is_no_change() -> None:
+    head = 'type=AVC msg=audit(1.0:9): apparmor="STATUS" operation="profile_replace" profile="unconfined" name="nginx"'
+    refused = f'{head} info="not policy admin" error=-13 pid=1 comm="x"'
+    assert result_of(http_attempt(), observation(ENFORCE, refused), ENFORCE)[0] is BLOCKED
+    assert result_of(http_attempt(), observation(ENFORCE, f'{head} pid=1 comm="x"'), ENFORCE)[0] is FAILED
+
+
+@pytest.mark.parametrize("arm", [COMPLAIN, ENFORCE, NO_APPARMOR])
+@pytest.mark.parametrize("found", ["complain", "kill", "", None])
+def test_apparmor_that_only_logs_as_a_whole_is_a_wrong_mode(arm: Arm, found: str | None) -> None:
+    seen = mode(arm).model_copy(update={"apparmor_mode": found})
+    assert mode_problem(arm, seen, "nginx") == f"AppArmor as a whole is in mode {found or 'unknown'}"
+
+
+def test_without_an_object_and_an_expectation_no_denial_accounts_for_a_block() -> None:
+    vague = scenario(object={"class": "capability"})
+    other = apparmor(name=b"/run/unrelated")
+    why = "no object is expected that it could be compared with: "
+    found = attribute(vague, APPARMOR, None, observation(ENFORCE, other, object=None))
+    assert (found.denial, found.misses) == (None, (f"{why}{other}",))
+    line = avc("sys_admin", tclass="capability")
+    found = attribute(vague, SELINUX, None, observation(ENFORCING, line, object=None))
+    assert (found.denial, found.misses) == (None, (f"{why}{line}",))
+
+
+@pytest.mark.parametrize(
+    ("record", "changes", "fits"),
+    [
+        (apparmor(name=b"/run/unrelated"), {"permissions": ["r"]}, False),
+        (apparmor(name=b"/run/unrelated"), {"permissions": ["r"], "class": "file"}, False),
+        (apparmor(name=b"/run/unrelated"), {"permissions": ["r"], "operation": "open"}, True),
+        (sample("apparmor-capability.log"), {"permissions": ["dac_override"], "class": "cap"}, True),
+    ],
+)
+def test_without_an_objects_path_the_class_or_the_operation_has_to_name_it(
+    record: str, changes: dict[str, Any], fits: bool
+) -> None:
+    vague = scenario(object={"class": "capability"})
+    seen = observation(ENFORCE, record, object=None)
+    expected = DenialExpectation.model_validate({"attempt": "read-shadow", **changes}, strict=False)
+    assert (attribute(vague, APPARMOR, expected, seen).denial is not None) is fits
+
+
+@pytest.mark.parametrize(("arm", "label"), [(NO_SELINUX, HTTPD), (NO_APPARMOR, "nginx (enforce)")])
+def test_an_unconfined_control_that_is_confined_is_unclear(arm: Arm, label: str) -> None:
+    confined = observation(arm, subject_before=subject(label=label), subject_after=subject(label=label), **READ_IT)
+    assert result_of(http_attempt(), confined, arm) == (
+        UNCLEAR, f"the control's subject is confined: it runs in {SUBJECT[arm]}",
+    )  # fmt: skip
+    assert result_of(http_attempt(), observation(arm, **READ_IT), arm)[0] is ALLOWED
+
+
+def test_a_command_of_an_unconfined_control_that_ran_confined_is_unclear() -> None:
+    ran = {"exit_code": 0, "output": WORD, "errors": ""}
+    confined = run_observation(NO_SELINUX, exec_record(), **ran)
+    free = run_observation(NO_SELINUX, exec_record(subject="system_u:system_r:init_t:s0"), **ran)
+    assert result_of(run_attempt(), confined, NO_SELINUX)[0] is UNCLEAR
+    assert result_of(run_attempt(), free, NO_SELINUX)[0] is ALLOWED
 
 
 @pytest.mark.parametrize("arm", list(Arm))
@@ -142,9 +224,81 @@ def test_a_mode_change_in_the_window_fails_the_attempt(serial: int) -> None:
     assert reason.startswith("mode or policy changed inside the window: type=")
 
 
-def test_an_audit_rule_in_the_window_is_no_mode_change() -> None:
-    line = sample("mode-changes.log").splitlines()[-1]
-    assert result_of(http_attempt(), observation(ENFORCING, line))[0] is BLOCKED
+@pytest.mark.parametrize("changes_mac", [False, True])
+def test_auditing_that_was_changed_in_the_window_fails_the_attempt(changes_mac: bool) -> None:
+    line = next(row for row in sample("mode-changes.log").split("\n") if "type=CONFIG_CHANGE" in row)
+    found, reason = result_of(http_attempt(changes_mac=changes_mac), observation(ENFORCING, avc(), line))
+    assert found is FAILED
+    assert reason.startswith("auditing was changed inside the window: type=CONFIG_CHANGE")
+
+
+@pytest.mark.parametrize("seen", [{}, READ_IT], ids=["blocked", "read"])
+def test_a_profile_in_enforce_that_only_logged_was_not_in_force(seen: dict[str, Any]) -> None:
+    """AppArmor's mode as a whole is switched without a record: between the two looks it may have been another."""
+    found, reason = result_of(http_attempt(), observation(ENFORCE, apparmor(kind="ALLOWED"), **seen), ENFORCE)
+    assert found is FAILED
+    assert reason.startswith("profile nginx is in mode enforce, and only logged: type=AVC")
+
+
+def test_a_profile_left_in_complain_may_log() -> None:
+    left = {"mode_before": mode(COMPLAIN), "mode_after": mode(COMPLAIN)}
+    seen = observation(ENFORCE, apparmor(kind="ALLOWED"), **left, **READ_IT)
+    assert result_of(http_attempt(), seen, ENFORCE)[0] is ALLOWED
+
+
+def test_a_canary_that_came_out_with_the_refusal_is_no_block() -> None:
+    leaked = observation(ENFORCING, avc(), output=f"refused, lsmlab-{WORD}")
+    assert result_of(http_attempt(), leaked) == (UNCLEAR, "HTTP 403, and yet the canary came out")
+
+
+@pytest.mark.parametrize("arm", [ENFORCING, ENFORCE])
+def test_a_success_that_the_kernel_refused_is_unclear(arm: Arm) -> None:
+    refused = avc() if arm is ENFORCING else apparmor()
+    seen = observation(arm, refused, **READ_IT)
+    attribution = attribute(scenario(), SELINUX if arm is ENFORCING else APPARMOR, None, seen)
+    allowed = judge(http_attempt(), arm, seen, SUBJECT[arm])
+    assert allowed.result is ALLOWED
+    settled = settle(allowed, attribution)
+    assert settled.result is UNCLEAR
+    assert settled.reason.startswith("the canary was read, HTTP 200, and yet the kernel refused it: type=AVC")
+    assert settle(allowed, Attribution(denial=None, misses=("another process",))) == allowed
+    blocked = judge(http_attempt(), arm, observation(arm, refused), SUBJECT[arm])
+    assert settle(blocked, attribution) == blocked
+
+
+def test_an_attack_on_mac_may_change_its_own_domain_and_no_other_right() -> None:
+    good = label_in(ENFORCING)
+    before = subject(process(481, main=True, label=good))
+    moved = subject(process(481, main=True, label="system_u:system_r:initrc_t:s0"))
+    other = subject(process(481, main=True, label=good).model_copy(update={"uids": (7, 7, 7, 7)}))
+    for after, changes_mac, expected in (
+        (moved, True, ALLOWED), (moved, False, UNCLEAR), (other, True, UNCLEAR),
+    ):  # fmt: skip
+        seen = observation(ENFORCING, subject_before=before, subject_after=after, **READ_IT)
+        assert result_of(http_attempt(changes_mac=changes_mac), seen)[0] is expected
+
+
+def test_a_service_started_anew_with_other_rights_is_unclear() -> None:
+    good = label_in(ENFORCING)
+    before = subject(process(481, main=True, label=good), process(482, label=good))
+    free = subject(process(581, main=True, label="system_u:system_r:initrc_t:s0"), process(582, label=good))
+    same = subject(process(581, main=True, label=good), process(582, label=good))
+    for after, expected in ((free, UNCLEAR), (same, ALLOWED)):
+        seen = observation(ENFORCING, subject_before=before, subject_after=after, **READ_IT)
+        assert result_of(http_attempt(), seen)[0] is expected
+
+
+def test_a_change_is_a_failure_unless_it_is_said_to_be_the_attempt() -> None:
+    line = sample("mode-changes.log").splitlines()[0] + " x" * 200
+    seen = observation(ENFORCING, line)
+    words = f"mode or policy changed inside the window: {line[:200]}"
+    assert failure(ENFORCING, seen, parse(line), "httpd_t") == words
+    assert failure(ENFORCING, seen, parse(line), "httpd_t", changes_mac=True) == ""
+
+
+def test_a_profile_that_was_switched_is_mac_changed() -> None:
+    seen = observation(COMPLAIN, mode_after=mode(ENFORCE))
+    assert result_of(http_attempt(changes_mac=True), seen, COMPLAIN) == (UNCLEAR, "HTTP 403, and yet MAC was changed")
 
 
 def test_failed_comes_before_unclear() -> None:
@@ -197,24 +351,40 @@ def test_one_worker_in_another_domain_is_unclear(arm: Arm, label: str, reason: s
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
-        (subject(process(481, main=True)), subject(process(481, main=True), process(482)), "appeared only during"),
+        (
+            subject(process(481, main=True)),
+            subject(process(481, main=True), process(482)),
+            "the service's workers appeared only during the attempt",
+        ),
         (
             subject(process(481, main=True), process(482).model_copy(update={"uids": (0, 0, 0, 0)})),
             None,
-            "changed its user, groups or domain",
+            "nginx (pid 482) changed its user, groups or domain during the attempt",
         ),
         (
             subject(process(481, main=True), process(482, label="unconfined")),
             None,
-            "changed its user, groups or domain",
+            "nginx (pid 482) changed its user, groups or domain during the attempt",
         ),
     ],
 )
 def test_a_subject_that_was_not_at_rest_proves_nothing(before: Any, after: Any, words: str) -> None:
     changes = {"subject_before": before} | ({"subject_after": after} if after else {})
-    result, reason = result_of(http_attempt(), observation(DAC, **changes, **READ_IT), DAC)
-    assert result is UNCLEAR
-    assert words in reason
+    assert result_of(http_attempt(), observation(DAC, **changes, **READ_IT), DAC) == (UNCLEAR, words)
+
+
+def test_a_main_process_alone_before_and_after_is_at_rest() -> None:
+    alone = subject(process(481, main=True, label=""))
+    seen = observation(DAC, subject_before=alone, subject_after=alone, **READ_IT)
+    assert result_of(http_attempt(), seen, DAC)[0] is ALLOWED
+
+
+@pytest.mark.parametrize("key", ['"lsmlab-denied"', "(null)"])
+def test_another_call_of_the_command_is_not_its_start(key: str) -> None:
+    seen = run_observation(ENFORCING, syscall(auid=AUID, key=key), syscall(auid=AUID + 1, key='"lsmlab-subject"'))
+    found, reason = result_of(run_attempt(), seen)
+    assert found is UNCLEAR
+    assert reason.startswith("the command was not started: ")
 
 
 def test_a_command_that_was_not_started_is_no_block() -> None:
@@ -239,16 +409,24 @@ def test_a_main_process_alone_is_the_worker() -> None:
 
 
 @pytest.mark.parametrize(
-    "message", ["lsmlab: cat: no such program in the guest\n", "lsmlab: [ is built into the shell\n"]
+    ("code", "errors"),
+    [
+        (126, "cat: Permission denied"),
+        (127, "cat: No such file or directory"),
+        (1, "cat: /etc/shadow: Permission denied"),
+    ],
 )
-def test_a_command_that_could_not_be_prepared_is_unclear(message: str) -> None:
-    seen = run_observation(exit_code=97, errors=message)
-    assert result_of(run_attempt(blocked_if=[{"exit": 97}]), seen) == (UNCLEAR, message[8:].strip())
+def test_a_command_that_was_not_started_is_unclear(code: int, errors: str) -> None:
+    seen = run_observation(exit_code=code, errors=errors)  # as the agent says it, and as the command itself would
+    words = f"the command was not started: exit status {code}, {errors!r}"
+    assert result_of(run_attempt(blocked_if=[{"exit": code}]), seen) == (UNCLEAR, words)
 
 
-def test_exit_97_of_the_command_itself_is_its_own() -> None:
-    seen = run_observation(ENFORCING, exec_record(), exit_code=97, errors="cat: lsmlab: no\n")
-    assert result_of(run_attempt(blocked_if=[{"exit": 97}]), seen) == (BLOCKED, "exit status 97")
+@pytest.mark.parametrize("errors", ["cat: lsmlab: no\n", "lsmlab: no\n", ""])
+@pytest.mark.parametrize("code", [97, 126, 127])
+def test_the_exit_status_of_the_command_itself_is_its_own(code: int, errors: str) -> None:
+    seen = run_observation(ENFORCING, exec_record(), exit_code=code, errors=errors)
+    assert result_of(run_attempt(blocked_if=[{"exit": code}]), seen) == (BLOCKED, f"exit status {code}")
 
 
 GOOD_RUN = {"exit_code": 0, "output": WORD, "errors": ""}
@@ -273,6 +451,28 @@ GOOD_RUN = {"exit_code": 0, "output": WORD, "errors": ""}
 )
 def test_the_subject_of_a_command_is_proved_by_its_exec_record(arm: Arm, records: list[str], expected: Result) -> None:
     assert result_of(run_attempt(), run_observation(arm, *records, **GOOD_RUN), arm)[0] is expected
+
+
+def without_subject(record: str) -> str:
+    return re.sub(r" subj=\S+", "", record)
+
+
+def test_a_command_without_a_domain_ran_in_none() -> None:
+    record = without_subject(exec_record())  # as a kernel without MAC writes it
+    assert record != exec_record()
+    assert result_of(run_attempt(), run_observation(DAC, record, **GOOD_RUN), DAC)[0] is ALLOWED
+    words = "the command ran in no domain, not in httpd_t"
+    assert result_of(run_attempt(), run_observation(ENFORCING, record, **GOOD_RUN)) == (UNCLEAR, words)
+
+
+NOT_PROVED = "no exec record proves which domain the command ran in"
+
+
+def test_a_proof_without_an_exec_record_is_none() -> None:
+    for arm in Arm:
+        assert result_of(run_attempt(), run_observation(arm, **GOOD_RUN), arm) == (UNCLEAR, NOT_PROVED)
+    assert wrong_subject(run_observation(ENFORCING, **GOOD_RUN), (), "httpd_t") == NOT_PROVED
+    assert wrong_subject(run_observation(ENFORCING), (), "httpd_t") == ""
 
 
 def test_a_command_in_another_domain_is_told() -> None:
@@ -357,10 +557,8 @@ def test_another_attempts_canary_is_no_proof() -> None:
         ({"status": 404}, {"http_status": 403}, ""),
         ({"status": 403}, {"http_status": None}, ""),
         ({"output": "Forbidden"}, {"output": "<h1>403 Forbidden</h1>"}, "Forbidden"),
-        ({"output": "(?i)RESET by"}, {"output": "", "errors": "curl: reset by peer"}, "reset by"),
+        ({"output": "(?i)RESET by"}, {"output": "", "errors": "Connection reset by peer"}, "reset by"),
         ({"output": "nothing"}, {}, ""),
-        ({"exit": 22}, {"exit_code": 22}, "exit status 22"),
-        ({"exit": 22}, {"exit_code": 7}, ""),
         ({"timeout": True}, {"timed_out": True, "http_status": None}, "timed out"),
         ({"timeout": True}, {}, ""),
         ({"status": 403, "output": "Forbidden"}, {}, "HTTP 403, Forbidden"),
@@ -423,20 +621,18 @@ def test_a_refusal_that_only_the_output_tells_is_no_sign() -> None:
 
 
 def test_a_request_is_not_blocked_by_what_its_errors_say() -> None:
-    seen = observation(http_status=500, errors="Permission denied", exit_code=22)
-    assert result_of(http_attempt(), seen)[0] is UNCLEAR
+    for status in (500, None):
+        seen = observation(http_status=status, errors="Permission denied")
+        assert result_of(http_attempt(), seen)[0] is UNCLEAR
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"http_status": 502}, "HTTP 502"),
-        (
-            {"http_status": None, "exit_code": 7, "errors": "\n curl: (7) refused\n"},
-            "exit status 7, 'curl: (7) refused'",
-        ),
-        ({"http_status": None, "exit_code": 0, "errors": "", "output": ""}, "exit status 0, 'no output'"),
-        ({"http_status": None, "exit_code": None, "signal": 9}, "signal 9"),
+        ({"http_status": None, "output": "", "errors": "\n Connection refused\n"}, "'Connection refused'"),
+        ({"http_status": None, "output": ""}, "'no output'"),
+        ({"http_status": None, "output": "", "errors": "x" * 200}, f"'{'x' * 160}'"),
         ({"timed_out": True, "http_status": None, "seconds": 15.0}, "timed out after 15 s"),
     ],
 )
@@ -444,6 +640,21 @@ def test_neither_proof_nor_sign_is_unclear(changes: dict[str, Any], words: str) 
     seen = observation(**changes)
     assert result_of(http_attempt(), seen) == (UNCLEAR, f"neither proof nor sign of a block: {words}")
     assert ending(seen) == words
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"exit_code": 7, "errors": "\n cat: it is broken\n"}, "exit status 7, 'cat: it is broken'"),
+        ({"exit_code": 7, "errors": "", "output": "so far\n"}, "exit status 7, 'so far'"),
+        ({"exit_code": 7, "errors": "x" * 200}, f"exit status 7, '{'x' * 160}'"),
+        ({"exit_code": 0, "errors": ""}, "exit status 0, 'no output'"),
+        ({"exit_code": None, "signal": 9}, "signal 9"),
+        ({"exit_code": None, "timed_out": True, "seconds": 3.0}, "timed out after 3 s"),
+    ],
+)
+def test_how_a_command_ended(changes: dict[str, Any], words: str) -> None:
+    assert ending(run_observation(ENFORCING, exec_record(), **changes)) == words
 
 
 # own_denials
@@ -458,6 +669,46 @@ def test_own_denials_are_those_of_the_services_processes() -> None:
         syscall(serial=4, pid=600),
     ]
     assert [d.event[1] for d in own_denials(observation(ENFORCING, *lines))] == [1, 3, 4]  # 600 is a child of 481
+
+
+def fork(parent: int, pid: int, serial: int = 5) -> str:
+    """`pid`, which `parent` has started, starts another: 7 in its own namespace."""
+    return syscall(serial=serial, number=56, success="yes", result=7, ppid=parent, pid=pid, key='"lsmlab-fork"')
+
+
+def test_own_denials_are_those_of_the_services_descendants() -> None:
+    denied = avc(pid=702, serial=9), syscall(pid=702, ppid=701, serial=9)
+    assert own_denials(observation(ENFORCING, *denied)) == ()
+    # a parent's record may come after what its child did
+    started = fork(700, 701, 10), fork(481, 482, 6), fork(482, 700, 11)
+    assert len(own_denials(observation(ENFORCING, *denied, *started))) == 1
+    others = fork(900, 700, 6), fork(700, 701, 7)
+    assert own_denials(observation(ENFORCING, *denied, *others)) == ()
+    assert own_denials(observation(ENFORCING, avc(pid=7), fork(481, 482))) == ()  # a number of another namespace
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        syscall(serial=6, success="yes", ppid=482, pid=700, key='"lsmlab-denied"'),
+        fork(482, 700).replace("type=SYSCALL", "type=USER"),
+        fork(482, 700).replace(" pid=700", ""),
+        fork(482, 700).replace(" ppid=482", ""),
+    ],
+)
+def test_only_the_kernels_record_of_a_fork_makes_a_descendant(line: str) -> None:
+    assert own_denials(observation(ENFORCING, avc(pid=700), line)) == ()
+
+
+def test_every_process_of_the_service_has_descendants() -> None:
+    started = fork(481, 700, 6), fork(482, 800, 7), fork(481, 900, 8), fork(800, 801, 9)
+    denied = [avc(pid=pid, serial=pid) for pid in (700, 801, 900)]
+    assert len(own_denials(observation(ENFORCING, *started, *denied))) == 3
+
+
+def test_processes_that_started_each_other_are_followed_once() -> None:
+    rounds = fork(482, 700, 6), fork(700, 701, 7), fork(701, 700, 8), fork(701, 482, 9), avc(pid=701, serial=10)
+    assert len(own_denials(observation(ENFORCING, *rounds))) == 1
 
 
 def test_own_denials_of_a_process_that_came_later() -> None:
@@ -560,6 +811,27 @@ def test_without_an_expectation_subject_and_object_still_count() -> None:
     assert attributed(observation(ENFORCING, avc(ino=1)), None).denial is None
 
 
+def test_another_frameworks_record_before_it_hides_nothing() -> None:
+    assert attributed(observation(ENFORCING, apparmor(), avc()), expectation()).denial is not None
+
+
+def test_the_subject_that_is_expected_may_be_another() -> None:
+    helper = avc(source="system_u:system_r:helper_t:s0")
+    assert attributed(observation(ENFORCING, helper), expectation(subject="helper_t")).denial is not None
+    found = attributed(observation(ENFORCING, avc()), expectation(subject="helper_t"))
+    assert found.misses[0].startswith("another subject (httpd_t, not helper_t)")
+
+
+def test_the_nearest_miss_comes_first() -> None:
+    others = avc(serial=1, source="system_u:system_r:a_t:s0"), avc(serial=2, source="system_u:system_r:b_t:s0")
+    found = attributed(observation(ENFORCING, *others, avc(serial=3, permissive=1)), expectation())
+    assert [miss.partition(": type=")[0] for miss in found.misses] == [
+        "not effective: logged only",
+        "another subject (a_t, not httpd_t)",
+        "another subject (b_t, not httpd_t)",
+    ]
+
+
 def test_a_commands_denial_is_found_by_its_audit_user_id() -> None:
     assert attributed(run_observation(ENFORCING, avc(pid=700), syscall(auid=AUID)), expectation()).denial is not None
     found = attributed(run_observation(ENFORCING, avc(), syscall()), expectation())
@@ -591,6 +863,8 @@ AA = {"permissions": ["r"], "operation": "open"}
         (apparmor(operation="exec"), {}, "another operation (exec, not open)"),
         (apparmor(rule_class="net"), {"class": "file"}, "another class (net, not file)"),
         (apparmor(name=b"/etc/passwd"), {}, "another object (/etc/passwd, not /etc/shadow)"),
+        (apparmor(name=b"/etc/passwd"), {"class": "file"}, "another object (/etc/passwd, not /etc/shadow)"),
+        (apparmor(), {"operation": None}, None),
         (apparmor(), {"path": "/etc/gshadow"}, "another object (/etc/shadow, not /etc/gshadow)"),
     ],
 )
@@ -612,6 +886,12 @@ def test_apparmor_compares_with_the_resolved_path() -> None:
     what = scenario(object={"path": "/etc/link", "class": "file"})
     seen = observation(ENFORCE, apparmor(), object=place)
     assert attributed(seen, expectation(**AA), APPARMOR, what).denial is not None
+
+
+def test_apparmor_compares_with_the_scenarios_path_where_the_object_was_not_looked_at() -> None:
+    for name, fits in ((b"/etc/shadow", True), (b"/etc/passwd", False)):
+        seen = observation(ENFORCE, apparmor(name=name), object=None)
+        assert (attributed(seen, expectation(**AA), APPARMOR).denial is not None) is fits
 
 
 def test_apparmor_success_of_the_call_voids_the_denial() -> None:
@@ -911,6 +1191,50 @@ def test_verdict(arms: Mapping[str, Any], verdict: Verdict, words: str) -> None:
     found = verdict_of(**arms)
     assert found.verdict is verdict
     assert words in found.reason
+
+
+READING = denials(parse(f"{avc('open', 'read')}\n{syscall()}"))[0]
+REASONS: dict[str, tuple[Mapping[str, Any], str]] = {
+    "contained, by two permissions": (
+        {"enforcing": (judged(result=BLOCKED, denied=READING, attributed=True), BENIGN)},
+        "DAC permits read-shadow; SELinux denies httpd_t { open read } on shadow",
+    ),
+    "a breach with no record": (
+        {"enforcing": (attack(ALLOWED), BENIGN)},
+        "read-shadow succeeds under SELinux (it was allowed)",
+    ),
+    "a block with no record": (
+        {"enforcing": (HIDDEN, BENIGN)},
+        "read-shadow: blocked (it was blocked), and no effective denial accounts for it; no denial in its window",
+    ),
+    "blocked in the control, unexplained": (
+        {"control": (HIDDEN, BENIGN)},
+        "read-shadow: blocked without MAC (it was blocked), and DAC is not why",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arms", "reason"), list(REASONS.values()), ids=list(REASONS))
+def test_the_reason_says_no_more_than_was_seen(arms: Mapping[str, Any], reason: str) -> None:
+    assert verdict_of(**arms).reason == reason
+
+
+def test_an_attack_on_mac_is_weighed_against_the_unconfined_service() -> None:
+    names = arms_of(SELINUX, Control.UNCONFINED)
+    assert NO_SELINUX in names
+    attempts = {name: judged_arm(name, DENIED if name is ENFORCING else CONTROL_OK) for name in names}
+    assert conclude(SELINUX, attempts, Control.UNCONFINED) == Conclusion(
+        verdict=Verdict.CONTAINED,
+        reason="read-shadow succeeds where the service is not confined; SELinux denies httpd_t { read } on shadow",
+    )
+    blocked = attempts | {NO_SELINUX: judged_arm(NO_SELINUX, HIDDEN)}
+    assert conclude(SELINUX, blocked, Control.UNCONFINED) == Conclusion(
+        verdict=Verdict.CONTROL_BLOCKED,
+        reason="read-shadow: blocked unconfined (it was blocked), and DAC is not why",
+    )
+    missing = {name: arm for name, arm in attempts.items() if name is not NO_SELINUX}
+    for arms in (missing, missing | {DAC: judged_arm(DAC, CONTROL_OK)}):
+        assert conclude(SELINUX, arms, Control.UNCONFINED).verdict is Verdict.ERROR
 
 
 def test_every_verdict_is_in_the_table() -> None:

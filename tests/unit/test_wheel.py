@@ -52,10 +52,14 @@ def test_it_lists_every_lab_and_scenario_of_the_repository(installed: Path, tmp_
 
 def test_it_carries_what_goes_into_guests_and_images(installed: Path) -> None:
     for name in (
-        "guest/facts.sh",
-        "guest/run-as.sh",
+        "guest/agent.py",
         "image/prepare.sh",
         "image/overlay/etc/audit/rules.d/audit.rules",
+        "image/overlay/etc/systemd/system/lsmlab-agent.service",
+        "image/overlay/usr/lib/lsmlab/agent",
+        "templates/scenario/scenario.yaml",
+        "templates/scenario/nginx.apparmor",
+        "templates/scenario/site.conf",
     ):
         assert (installed / "lsmlab" / name).read_bytes() == (REPO / "harness" / "lsmlab" / name).read_bytes()
 
@@ -68,3 +72,9 @@ def test_a_scenario_of_the_users_own_is_found_and_may_build_on_ours(installed: P
     )
     listed = json.loads(lsmlab(installed, tmp_path, "scenarios", "--json", "-"))["scenarios"]
     assert {"mine", "nginx-reads-shadow"} <= {s["id"] for s in listed}
+
+
+def test_a_new_scenario_is_made_checked_and_found(installed: Path, tmp_path: Path) -> None:
+    assert "It works as it is." in lsmlab(installed, tmp_path, "new", "scenario", "mine")
+    assert "1 scenario and 2 labs: 3 ok" in lsmlab(installed, tmp_path, "check", "mine", "--no-compile")
+    assert json.loads(lsmlab(installed, tmp_path, "schema", "scenario"))["$defs"]["Scenario"]

@@ -8,21 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import MINE, environment, lsmlab, outcomes
+from command import MINE, REPO, environment, lsmlab, outcomes
+
+from lsmlab import discovery
+from lsmlab.scenario import Difficulty, Scenario
+from lsmlab.terms import Verdict
 
 pytestmark = pytest.mark.lsmlab_vm
 
+
+def others(scenario: Scenario) -> bool:
+    """True where a lab is expected to differ from the rest."""
+    return any(expectation.labs for expectation in scenario.expected.values())
+
+
 LABS = ["debian-13", "debian-12"]
-EXPECTED = {
-    ("nginx-reads-shadow", "selinux"): "CONTAINED",
-    ("nginx-reads-shadow", "apparmor"): "CONTAINED",
-    ("nginx-reads-shadow-as-root", "selinux"): "CONTAINED",
-    ("nginx-reads-shadow-as-root", "apparmor"): "CONTAINED",
-    ("nginx-reads-shadow-permissive-domain", "selinux"): "NOT_CONTAINED",
-    ("nginx-reads-shadow-wide-profile", "apparmor"): "NOT_CONTAINED",
-    ("nginx-reads-shadow-without-group", "selinux"): "DAC_BLOCKED",
-    ("nginx-reads-shadow-without-group", "apparmor"): "DAC_BLOCKED",
+SCENARIOS = {s.id: s for s in discovery.load_scenarios((), REPO)}
+DAILY = {
+    "debian-13": sorted(s.id for s in SCENARIOS.values() if s.difficulty is Difficulty.BEGINNER or others(s)),
+    "debian-12": sorted(s.id for s in SCENARIOS.values() if s.id.startswith("nginx-reads-shadow") or others(s)),
 }
+"""What `make test` runs of the library: what is for beginners, the flagship's variants, and where a lab differs.
+The slow tests run all of it, on both labs, falsified."""
 MY_EXPECTED = {
     ("service-stopped", "selinux"): "INCONCLUSIVE",
     ("service-stopped", "apparmor"): "INCONCLUSIVE",
@@ -40,10 +47,10 @@ Outcomes = dict[tuple[str, str], dict[str, Any]]
 
 @pytest.fixture(scope="module", params=LABS)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Outcomes]:
-    """Every scenario of the library on one lab: the lab, its store's folder, the outcomes."""
+    """A part of the library on one lab: the lab, its store's folder, the outcomes."""
     state = tmp_path_factory.mktemp(request.param)
     file = state / "out.json"
-    lsmlab("run", "--lab", request.param, "--json", str(file), env=environment(state))
+    lsmlab("run", *DAILY[request.param], "--lab", request.param, "--json", str(file), env=environment(state))
     return request.param, state, outcomes(file.read_text())
 
 
@@ -67,8 +74,45 @@ def attempt(outcome: dict[str, Any], arm_name: str, name: str = "read-shadow") -
 
 def test_every_verdict_is_the_expected_one(library: tuple[str, Path, Outcomes]) -> None:
     lab, _, found = library
-    assert {key: o["verdict"] for key, o in found.items()} == EXPECTED
+    wanted = {
+        (name, framework.value): SCENARIOS[name].expectation(framework, lab).verdict.value
+        for name in DAILY[lab] for framework in SCENARIOS[name].expected
+    }  # fmt: skip
+    assert {key: o["verdict"] for key, o in found.items()} == wanted
     assert all(o["as_expected"] and o["lab"] == lab for o in found.values())
+
+
+def test_the_library_is_worth_running() -> None:
+    expected = [
+        (scenario.expectation(framework, lab).verdict, scenario.id)
+        for lab in LABS for scenario in SCENARIOS.values() for framework in scenario.expected
+    ]  # fmt: skip
+    known = {Verdict.CONTAINED, Verdict.NOT_CONTAINED, Verdict.DAC_BLOCKED, Verdict.OVERBLOCKED}
+    assert {verdict for verdict, _ in expected} == known
+    assert len(SCENARIOS) >= 30
+    assert len(expected) >= 2 * 45
+    assert sum(verdict is Verdict.CONTAINED for verdict, _ in expected) >= 2 * 30
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("lab", LABS)
+def test_every_scenario_that_contains_is_falsifiable(lab: str, tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    lsmlab("run", "--falsify", "--lab", lab, "--json", str(file), env=environment(tmp_path), timeout=7000)
+    contained = [o for o in outcomes(file.read_text()).values() if o["verdict"] == "CONTAINED"]
+    assert len(contained) >= 30
+    assert all(o["falsification"]["verdict"] == "NOT_CONTAINED" for o in contained)
+    assert all(o["falsification"]["misled"] == "UNATTRIBUTED" for o in contained)
+
+
+def test_the_flagship_is_falsifiable(tmp_path: Path) -> None:
+    done = lsmlab("run", "nginx-reads-shadow", "--falsify", "--json", "-", env=environment(tmp_path))
+    for (_, framework), outcome in outcomes(done.stdout).items():
+        kept = outcome["falsification"]
+        assert (kept["verdict"], kept["misled"]) == ("NOT_CONTAINED", "UNATTRIBUTED")
+        first = {"selinux": "(allow httpd_t shadow_t (file (read)))", "apparmor": 'nginx: "/etc/shadow" r,'}[framework]
+        assert kept["rules"][0] == first
 
 
 def test_the_flagship_shows_the_whole_chain(library: tuple[str, Path, Outcomes]) -> None:
@@ -138,6 +182,20 @@ def test_canaries_are_fresh_for_every_attempt(library: tuple[str, Path, Outcomes
 
 def test_the_tests_own_scenarios(mine: Outcomes) -> None:
     assert {key: o["verdict"] for key, o in mine.items()} == MY_EXPECTED
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_scenario_has_the_packages_that_it_asks_for(tmp_path: Path) -> None:
+    asked = str(MINE.parent / "packages")
+    done = lsmlab("run", asked, "nginx-reads-shadow", "-f", "apparmor", "--json", "-", env=environment(tmp_path))
+    found = outcomes(done.stdout)
+    assert {key: o["verdict"] for key, o in found.items()} == {
+        ("nginx-reads-shadow", "apparmor"): "CONTAINED", ("with-a-package", "apparmor"): "CONTAINED",
+    }  # fmt: skip
+    images = {o["environment"]["image"] for o in found.values()}
+    assert len(images) == 2  # the other one stays on the lab's own
+    assert "with hello" in done.stderr
 
 
 def test_a_failing_step_is_named(mine: Outcomes) -> None:

@@ -1,141 +1,223 @@
-"""The QEMU guest agent over virtio-serial: no network, alive across a restored snapshot.
+"""lsmlab's own agent in a guest (guest/agent.py), asked over any byte stream: a virtio-serial port here.
 
-Protocol: https://www.qemu.org/docs/master/interop/qemu-ga-ref.html
+A virtio-serial port needs no network and is alive across a restored snapshot. Lines of JSON, see guest/agent.py. What
+comes from the guest is not trusted: an answer is bounded in length and time, and nonsense is a ChannelError.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import contextlib
+import itertools
+import json
+import math
+import reprlib
+import secrets
 import socket
-import time
-from collections.abc import Sequence
-from typing import Any, TypeVar
-
-from qemu.qmp import QMPClient, QMPError
-from qemu.qmp.protocol import Runstate
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Any
 
 from lsmlab import portal
 from lsmlab.channel.base import CommandResult
+from lsmlab.definition import digest_of
 from lsmlab.errors import ChannelError, CommandTimeoutError
 
-T = TypeVar("T")
-
-WRITE_CHUNK = 1 << 20
-"""Bytes a guest-file-write; the agent takes far more, and a smaller one keeps its memory low."""
 ANSWER_SECONDS = 30.0
-"""How long the agent may take to answer one command that does not wait for anything in the guest."""
+"""How long the agent may take to answer what does not wait for anything in the guest."""
 ANSWER_BYTES = 64 << 20
-"""The longest answer that is read. The agent carries 16 MiB of output and of errors, in base64."""
-POLL_FIRST, POLL_MOST = 0.004, 0.1
-"""guest-exec has no completion event: the status is asked for at growing distances, seconds."""
+"""The longest answer that is read; a longer one is an error for who asked, and the channel goes on behind it. The agent
+carries 16 MiB of output and of errors, in base64, and 8 MiB of log."""
+READY = b"ready"
+
+
+def agent_source() -> bytes:
+    """The program that runs in the guest."""
+    return resources.files("lsmlab").joinpath("guest", "agent.py").read_bytes()
+
+
+def agent_digest() -> str:
+    """Of the agent's source: a saved guest fits the agent that runs in it."""
+    return digest_of(agent_source())
+
+
+class _Lines(asyncio.Protocol):
+    """The guest's bytes, which may be anything, as lines of at most ANSWER_BYTES; lives in the portal's event loop."""
+
+    def __init__(
+        self, hear: Callable[[bytearray], None], skip: Callable[[str], None], lost: Callable[[str], None]
+    ) -> None:
+        self._hear, self._skip, self._lost = hear, skip, lost
+        self._line = bytearray()
+        self._too_long = False
+
+    def data_received(self, data: bytes) -> None:
+        *ends, rest = data.split(b"\n")
+        for end in ends:
+            self._take(end)
+            if self._line:
+                self._hear(self._line)
+                self._line = bytearray()
+            self._too_long = False
+        self._take(rest)
+
+    def _take(self, part: bytes) -> None:
+        if self._too_long:
+            return
+        if len(self._line) + len(part) > ANSWER_BYTES:
+            self._too_long, self._line = True, bytearray()
+            self._skip(f"an answer of more than {ANSWER_BYTES >> 20} MiB")
+        else:
+            self._line += part
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost(str(exc) if exc else "the channel was closed")
 
 
 class AgentChannel:
-    """A channel over one end of a socket pair whose other end is QEMU's virtio-serial port."""
+    """A channel over one end of a socket pair whose other end is QEMU's virtio-serial port. Safe for all threads."""
 
     def __init__(self, sock: socket.socket, name: str) -> None:
         self._name = name
         self._socket = sock
-        self._client = QMPClient(f"agent-{name}", readbuflen=ANSWER_BYTES)
-        self._client.await_greeting = False
-        self._client.negotiate = False
-        self._client.logger.disabled = True
-        self._connected = False
+        self._transport: asyncio.Transport | None = None
+        self._ready = asyncio.Event()
+        self._gone = asyncio.Event()
+        self._pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        # Not from 1: a guest from a saved state may still answer what another channel asked
+        self._numbers = itertools.count(secrets.randbits(48))
+        self._fault = "not connected"
 
     def connect(self) -> None:
         """Attach to the socket; says nothing of the guest yet."""
-        portal.call(self._client.connect(self._socket), ANSWER_SECONDS)
-        self._connected = True
+        portal.call(self._connect(), ANSWER_SECONDS)
+
+    async def _connect(self) -> None:
+        self._fault = ""
+        self._transport, _ = await asyncio.get_running_loop().create_connection(
+            lambda: _Lines(self._hear, self._fail, self._lost), sock=self._socket
+        )
+
+    def _hear(self, line: bytearray) -> None:
+        if line == READY:
+            self._ready.set()
+            return
+        if not self._pending:
+            return
+        try:
+            reply = json.loads(line.decode())
+        except (ValueError, RecursionError):  # what a restored snapshot cut short, or nonsense
+            return
+        number = reply.get("id") if isinstance(reply, dict) else None
+        waiting = self._pending.get(number) if type(number) is int else None
+        if waiting is not None and not waiting.done():
+            waiting.set_result(reply)
+
+    def _fail(self, fault: str) -> None:
+        for future in self._pending.values():
+            if not future.done():
+                future.set_result({"error": fault})
+
+    def _lost(self, fault: str) -> None:
+        self._fault = fault
+        self._fail(fault)
+        self._ready.set()
+        self._gone.set()
 
     def close(self) -> None:
-        """Detach. Never raises."""
-        if self._connected and self._client.runstate is not Runstate.IDLE:
-            with contextlib.suppress(Exception):
-                portal.call(self._client.disconnect(), 5)
-        self._connected = False
+        """Detach; who waits for an answer is told. Never raises, and may be called twice."""
+        with contextlib.suppress(Exception):
+            portal.call(self._close(), 5)
+
+    async def _close(self) -> None:
+        if self._transport is None:
+            self._socket.close()
+            return
+        self._transport.abort()
+        await self._gone.wait()
+
+    def bootstrap(self, timeout: float) -> None:
+        """Send a freshly booted guest its agent and wait until it runs, at most `timeout` seconds."""
+        try:
+            portal.call(self._bootstrap(), timeout)
+        except TimeoutError:
+            raise ChannelError(f"{self._name}: the agent did not answer within {timeout:.0f} s") from None
+        if self._fault:
+            raise ChannelError(f"{self._name}: {self._fault}")
+
+    async def _bootstrap(self) -> None:
+        # Bytes sent before the guest opens its port wait in the port's buffer
+        self._send(base64.b64encode(agent_source()))
+        await self._ready.wait()
+
+    def _send(self, line: bytes) -> None:
+        if self._fault or self._transport is None:
+            raise ChannelError(f"{self._name}: {self._fault}")
+        self._transport.write(line + b"\n")
 
     def wait_until_up(self, timeout: float) -> None:
-        """Block until the agent answers, at most `timeout` seconds. Raises ChannelError."""
-        try:
-            # Bytes sent before the agent opens its port wait in the port's buffer: one question, one answer.
-            self._execute("guest-ping", timeout=timeout)
-        except TimeoutError:
-            raise ChannelError(f"{self._name}: the guest agent did not answer within {timeout:.0f} s") from None
+        """Block until the agent of a guest from a saved state answers, at most `timeout` seconds."""
+        self.ask("ping", within=timeout)
 
-    def command(self, name: str, timeout: float = ANSWER_SECONDS, **arguments: Any) -> Any:
-        """One agent command. Raises ChannelError on its error, on silence and on a closed channel."""
+    def ask(self, operation: str, *, within: float = ANSWER_SECONDS, **arguments: Any) -> Any:
+        """See `Channel.ask`."""
         try:
-            return self._execute(name, arguments or None, timeout)
+            reply = portal.call(self._ask(operation, arguments), within)
         except TimeoutError:
-            raise ChannelError(f"{self._name}: {name}: no answer from the guest agent in {timeout:.0f} s") from None
+            raise ChannelError(f"{self._name}: {operation}: no answer from the agent in {within:.0f} s") from None
+        if "answer" in reply:
+            return reply["answer"]
+        raise ChannelError(f"{self._name}: {operation}: {_printable(reply.get('error', 'nonsense'))}")
 
-    def _execute(self, name: str, arguments: dict[str, Any] | None = None, timeout: float = ANSWER_SECONDS) -> Any:
+    async def _ask(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        number = next(self._numbers)
+        future = self._pending[number] = asyncio.get_running_loop().create_future()
         try:
-            return portal.call(self._client.execute(name, arguments), timeout)
-        except TimeoutError:  # an OSError too, but not one of the socket's
-            raise
-        except (QMPError, OSError, EOFError, asyncio.CancelledError) as error:
-            raise ChannelError(f"{self._name}: {name}: {str(error) or type(error).__name__}") from error
+            self._send(json.dumps({"id": number, "do": operation, **arguments}).encode())
+            reply: dict[str, Any] = await future
+            return reply
+        finally:
+            del self._pending[number]
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float = 60) -> CommandResult:
         """See `Channel.run`."""
-        arguments: dict[str, Any] = {"path": argv[0], "arg": list(argv[1:]), "capture-output": True}
-        if stdin:
-            arguments["input-data"] = base64.b64encode(stdin).decode()
-        start = time.monotonic()
-        try:
-            pid = self._field(self.command("guest-exec", **arguments), "pid", int)
-        except ChannelError as error:
-            if "Failed to execute child process" in str(error) or "No such file" in str(error):
-                return CommandResult(tuple(argv), 127, None, b"", f"{argv[0]}: {error}".encode(), 0.0)
-            raise
-        pause = POLL_FIRST
-        while True:
-            status = self.command("guest-exec-status", pid=pid)
-            elapsed = time.monotonic() - start
-            if self._field(status, "exited", bool):
-                return self._result(tuple(argv), status, elapsed)
-            if elapsed > timeout:
-                raise CommandTimeoutError(f"{self._name}: {' '.join(argv)[:200]}: not done after {timeout:.0f} s")
-            time.sleep(min(pause, max(0.0, timeout - elapsed) + POLL_FIRST))
-            pause = min(pause * 1.3, POLL_MOST)
+        words = base64.b64encode(stdin).decode()
+        answer = self.ask("run", within=timeout + ANSWER_SECONDS, argv=list(argv), stdin=words, timeout=timeout)
+        result = command_result(answer, tuple(argv), self._name)
+        if answer["timed_out"]:
+            raise CommandTimeoutError(f"{self._name}: {' '.join(argv)[:200]}: not done after {timeout:.0f} s")
+        return result
 
-    def _field(self, answer: Any, key: str, kind: type[T]) -> T:
-        found = answer.get(key) if isinstance(answer, dict) else None
-        if not isinstance(found, kind):
-            raise ChannelError(f"{self._name}: the guest agent answered nonsense: no {key} in {str(answer)[:200]}")
-        return found
-
-    def _result(self, argv: tuple[str, ...], status: dict[str, Any], seconds: float) -> CommandResult:
-        try:
-            out = base64.b64decode(status.get("out-data", ""), validate=True)
-            err = base64.b64decode(status.get("err-data", ""), validate=True)
-        except (binascii.Error, TypeError, ValueError) as error:
-            raise ChannelError(f"{self._name}: the guest agent answered nonsense: {error}") from error
-        if status.get("out-truncated") or status.get("err-truncated"):
-            raise ChannelError(f"{self._name}: {' '.join(argv)[:200]}: more output than the agent carries")
-        exit_code, signal = (self._field(status, key, int) if key in status else None for key in ("exitcode", "signal"))
-        if (exit_code is None) == (signal is None):
-            raise ChannelError(f"{self._name}: the guest agent gave neither exit status nor signal")
-        return CommandResult(argv, exit_code, signal, out, err, seconds)
-
-    def write_file(self, path: str, data: bytes) -> None:
+    def write_file(self, path: str, data: bytes, *, mode: int | None = None, owner: str | None = None) -> None:
         """See `Channel.write_file`."""
-        handle = self.command("guest-file-open", path=path, mode="w")
-        try:
-            for start in range(0, len(data), WRITE_CHUNK):
-                chunk = base64.b64encode(data[start : start + WRITE_CHUNK]).decode()
-                written = self._field(self._write(handle, chunk), "count", int)
-                if written != len(data[start : start + WRITE_CHUNK]):
-                    raise ChannelError(f"{self._name}: {path}: only {written} bytes of a piece were written")
-        finally:
-            self.command("guest-file-close", handle=handle)
+        self.ask("write", path=path, data=base64.b64encode(data).decode(), mode=mode, owner=owner)
 
-    def _write(self, handle: Any, chunk: str) -> Any:
-        try:
-            return self._execute("guest-file-write", {"handle": handle, "buf-b64": chunk})
-        except TimeoutError:
-            raise ChannelError(f"{self._name}: guest-file-write: no answer in {ANSWER_SECONDS:.0f} s") from None
+
+def command_result(answer: Any, argv: tuple[str, ...], name: str) -> CommandResult:
+    """What the agent says of a command that ended, or was ended for its time. Raises ChannelError on nonsense."""
+    try:
+        out, err = (base64.b64decode(answer[key], validate=True) for key in ("out", "err"))
+        exit_code, signal = _one_of(range(256), answer["exit_code"]), _one_of(range(1, 65), answer["signal"])
+        too_much, timed_out, seconds = answer["too_much"], answer["timed_out"], answer["seconds"]
+    except (TypeError, ValueError, KeyError) as error:
+        raise ChannelError(f"{name}: the agent answered nonsense: {error!r:.200}: {reprlib.repr(answer)}") from error
+    plain = type(too_much) is type(timed_out) is bool and type(seconds) is float and math.isfinite(seconds)
+    ways = (exit_code is not None) + (signal is not None)
+    if not plain or ways > 1 or not (ways or timed_out or too_much):
+        raise ChannelError(f"{name}: the agent answered nonsense: {reprlib.repr(answer)}")
+    if too_much:
+        raise ChannelError(f"{name}: {' '.join(argv)[:200]}: more output than the agent carries")
+    return CommandResult(argv, exit_code, signal, out, err, seconds)
+
+
+def _one_of(numbers: range, value: Any) -> int | None:
+    if value is None or (type(value) is int and value in numbers):
+        return value
+    raise ValueError("no exit status, or no signal")
+
+
+def _printable(words: Any) -> str:
+    """What a guest says, fit for a terminal, and not too much of it."""
+    text = words if type(words) is str else reprlib.repr(words)
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text[:2000])

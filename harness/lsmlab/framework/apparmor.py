@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lsmlab import facts
 from lsmlab.channel.base import Channel
 from lsmlab.errors import FrameworkError, PolicyError
 from lsmlab.framework.base import PolicyUnderTest
@@ -10,7 +11,6 @@ from lsmlab.scenario import read_file
 from lsmlab.terms import Arm
 
 FOLDER = "/etc/apparmor.d"
-PROFILES = "/sys/kernel/security/apparmor/profiles"
 
 
 class Apparmor:
@@ -21,23 +21,50 @@ class Apparmor:
         for profile in policy.apparmor_profiles:
             channel.write_file(f"{FOLDER}/{profile.name}", read_file(profile))
         # An explicit `deny` refuses silently; noquiet has it logged (Documentation/admin-guide/LSM/apparmor.rst)
-        channel.run(["sh", "-c", "printf noquiet > /sys/module/apparmor/parameters/audit"]).check()
+        channel.write_file("/sys/module/apparmor/parameters/audit", b"noquiet")
 
     def enter(self, channel: Channel, arm: Arm, policy: PolicyUnderTest) -> None:
-        """Load each profile, under complain where that is the arm, and see that the kernel has it."""
-        for profile in policy.apparmor_profiles:
-            path = f"{FOLDER}/{profile.name}"
-            mode = ["--Complain"] if arm is Arm.APPARMOR_COMPLAIN else []
+        """Load each profile, under complain where that is the arm, and see that the kernel has it.
+
+        In the arm of an unconfined subject none is loaded, and those that were loaded from boot are removed.
+        """
+        sources = {f"{FOLDER}/{profile.name}": str(profile) for profile in policy.apparmor_profiles}
+        for path in (*sources, *policy.apparmor_shipped):
+            source = sources.get(path, path)
+            if arm.unconfined:
+                self._unload(channel, path)
+                continue
+            mode = ["--Complain"] if arm.logging else []
             done = channel.run(["apparmor_parser", "--replace", *mode, path])
             if not done.ok:
-                words = done.err.strip().replace(f"{FOLDER}/", f"{profile.parent}/")
-                raise PolicyError(f"{profile}: apparmor_parser: {words or done.ended()}")
-            names = channel.run(["apparmor_parser", "--names", path]).check().out.split("\n")
-            loaded = channel.run(["cat", PROFILES]).check().out
-            for name in filter(None, (n.strip() for n in names)):
-                state = next((line for line in loaded.splitlines() if line.startswith(f"{name} (")), "")
-                if not state or (mode and not state.endswith("(complain)")):
+                words = done.err.strip().replace(path, source)
+                raise PolicyError(f"{source}: apparmor_parser: {words or done.ended()}")
+            names, loaded = self._names(channel, path), self._loaded(channel)
+            for name in names:
+                state = loaded.get(name)
+                if state is None or (mode and state != "complain"):
                     raise FrameworkError(f"profile {name}: the kernel says {state or 'it is not loaded'!r}")
+
+    def _unload(self, channel: Channel, path: str) -> None:
+        names = self._names(channel, path)
+        if self._loaded(channel).keys().isdisjoint(names):
+            return
+        channel.run(["apparmor_parser", "--remove", path]).check()
+        left = self._loaded(channel).keys() & set(names)
+        if left:
+            raise FrameworkError(f"profile {min(left)} was removed, and the kernel still has it")
+
+    @staticmethod
+    def _names(channel: Channel, path: str) -> list[str]:
+        names = channel.run(["apparmor_parser", "--names", path]).check().out.split("\n")
+        return [name.strip() for name in names if name.strip()]
+
+    @staticmethod
+    def _loaded(channel: Channel) -> dict[str, str]:
+        return facts.read(facts.ModeFacts, channel.ask("mode")).profiles or {}
+
+    def unconfine(self, channel: Channel, program: str) -> None:
+        """Nothing more to do: `enter` has loaded no profile."""
 
     def settle(self, channel: Channel, arm: Arm) -> None:
         """Nothing is cached but capability denials, for a second (security/apparmor/capability.c)."""

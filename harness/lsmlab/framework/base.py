@@ -18,6 +18,8 @@ class PolicyUnderTest:
     selinux_modules: tuple[Path, ...] = ()
     selinux_booleans: tuple[tuple[str, bool], ...] = ()
     apparmor_profiles: tuple[Path, ...] = ()
+    apparmor_shipped: tuple[str, ...] = ()
+    """Files in the guest: profiles that the distribution ships."""
 
 
 class FrameworkDriver(Protocol):
@@ -29,6 +31,10 @@ class FrameworkDriver(Protocol):
 
     def enter(self, channel: Channel, arm: Arm, policy: PolicyUnderTest) -> None:
         """Enter the arm's mode and read it back."""
+        ...
+
+    def unconfine(self, channel: Channel, program: str) -> None:
+        """See that the service whose unit runs `program` is started outside the policy under test."""
         ...
 
     def settle(self, channel: Channel, arm: Arm) -> None:

@@ -17,5 +17,8 @@ class NoFramework:
     def enter(self, channel: Channel, arm: Arm, policy: PolicyUnderTest) -> None:
         """No mode to enter: that no framework is active is read at every attempt."""
 
+    def unconfine(self, channel: Channel, program: str) -> None:
+        """Nothing confines it."""
+
     def settle(self, channel: Channel, arm: Arm) -> None:
         """Nothing is cached."""

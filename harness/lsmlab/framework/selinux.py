@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lsmlab import facts
 from lsmlab.channel.base import Channel
 from lsmlab.errors import FrameworkError, PolicyError
 from lsmlab.framework.base import PolicyUnderTest
@@ -10,6 +11,7 @@ from lsmlab.image.build import Image
 from lsmlab.terms import Arm
 
 ENFORCE = "/sys/fs/selinux/enforce"
+FILE_CONTEXTS = "/etc/selinux/default/contexts/files/file_contexts"
 
 
 class Selinux:
@@ -20,7 +22,10 @@ class Selinux:
         if policy.selinux_modules:
             compiled = native.compile_modules(image.policy_tree, image.digest, policy.selinux_modules)
             found = channel.run(["sh", "-c", "ls -v /etc/selinux/default/policy/policy.* | tail -n 1"]).check()
-            channel.write_file(found.out.strip(), compiled)
+            channel.write_file(found.out.strip(), compiled.policy)
+            if compiled.file_contexts:  # the compiled one last: libselinux takes the younger
+                channel.write_file(FILE_CONTEXTS, compiled.file_contexts)
+                channel.write_file(f"{FILE_CONTEXTS}.bin", compiled.file_contexts_bin)
             loaded = channel.run(["load_policy"])
             if not loaded.ok:
                 raise PolicyError(f"load_policy: {loaded.ended()}: {loaded.err.strip()}")
@@ -30,16 +35,21 @@ class Selinux:
                 raise PolicyError(f"setsebool {name}: {done.err.strip() or done.ended()}")
 
     def enter(self, channel: Channel, arm: Arm, policy: PolicyUnderTest) -> None:
-        """Switch with setenforce and read /sys/fs/selinux/enforce back."""
-        wanted = "1" if arm.enforcing else "0"
-        switched = channel.run(["setenforce", wanted])
-        found = channel.run(["cat", ENFORCE]).out.strip()
-        if found != wanted:
-            raise FrameworkError(f"setenforce {wanted}: {ENFORCE} holds {found!r} ({switched.err.strip()})")
+        """Write /sys/fs/selinux/enforce, as setenforce does, and read it back."""
+        enforcing = not arm.logging
+        wanted = "1" if enforcing else "0"
+        channel.write_file(ENFORCE, wanted.encode())
+        found = facts.read(facts.ModeFacts, channel.ask("mode")).selinux_enforcing
+        if found is not enforcing:
+            raise FrameworkError(f"{ENFORCE}: {wanted} was written, and the mode is {found}")
+
+    def unconfine(self, channel: Channel, program: str) -> None:
+        """Take away the label by which systemd's exec enters the domain: it is then unconfined, in initrc_t."""
+        channel.run(["chcon", "--type", "bin_t", "--", program]).check()
 
     def settle(self, channel: Channel, arm: Arm) -> None:
         """Flush the access vector cache: in permissive mode a hit that was once logged is not logged again.
 
         Committing booleans, even unchanged ones, resets it (security/selinux/ss/services.c, security_set_bools).
         """
-        channel.run(["sh", "-c", "echo 1 > /sys/fs/selinux/commit_pending_bools"]).check()
+        channel.write_file("/sys/fs/selinux/commit_pending_bools", b"1")

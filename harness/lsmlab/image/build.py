@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import re
@@ -27,7 +28,7 @@ NEEDED_MIB = 5120
 EXCLUDED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 REPORTED_PACKAGES = (
     "nginx", "selinux-policy-default", "policycoreutils", "libselinux1", "apparmor", "libapparmor1", "auditd",
-    "systemd", "qemu-guest-agent",
+    "systemd",
 )  # fmt: skip
 
 
@@ -82,22 +83,17 @@ def folder_of(lab: Lab, build_id: str) -> Path:
     return paths.cache() / "images" / f"{lab.id}-{recipe_digest(lab)[:16]}-{build_id}"
 
 
-def _folders(lab: Lab) -> list[Path]:
-    """The lab's images in the cache, newest first. Each build has a folder of its own: another run may use an older."""
-    found = paths.cache().glob(f"images/{folder_of(lab, '*').name}")
-    return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)
-
-
 def find(lab: Lab, *, full_check: bool = False) -> Image | None:
     """The lab's cached image; None where there is none, or a damaged one. `full_check` reads every byte."""
-    for folder in _folders(lab):
+    for folder in cache.builds(folder_of(lab, "*")):
         manifest = cache.read_manifest(folder)
-        if manifest is not None and not _damage(folder, manifest, full=full_check):
+        if manifest is not None and not damage(folder, manifest, full=full_check):
             return _image(lab, folder, manifest)
     return None
 
 
-def _damage(folder: Path, manifest: dict[str, Any], *, full: bool) -> str:
+def damage(folder: Path, manifest: dict[str, Any], *, full: bool) -> str:
+    """What is wrong with a cached image, or an empty text; see `cache.damage`."""
     lacking = [key for key in ("kernel_release", "packages", "built") if key not in manifest]
     lacking += [name for name in FILES if name not in manifest["files"]]
     return f"its manifest has no {lacking[0]}" if lacking else cache.damage(folder, manifest, full=full)
@@ -114,35 +110,45 @@ def _image(lab: Lab, folder: Path, manifest: dict[str, Any]) -> Image:
     )
 
 
-def ensure(lab: Lab, progress: Progress, *, rebuild: bool = False) -> Image:
+def ensure(lab: Lab, progress: Progress, *, rebuild: bool = False, uses: contextlib.ExitStack | None = None) -> Image:
     """The lab's image, verified, built where there is none. Takes a minute or two then, and the network.
 
-    Raises HostError and ImageError. Two runs that need the same image build it once.
+    Nobody removes it before `uses` is closed. Raises HostError and ImageError. Two runs that need the same image build
+    it once.
     """
     task = f"image {lab.id}"
-    key = recipe_digest(lab)[:16]
     progress.step(task, "looking for the image")
-    lock_path = paths.make(paths.cache() / "locks") / f"image-{key}"
-    with cache.lock(lock_path, wait=False) as free:
-        if free:
-            return _ensure_locked(lab, task, progress, rebuild=rebuild)
-    progress.step(task, "another run is building this image: waiting for it")
-    with cache.lock(lock_path):
-        return _ensure_locked(lab, task, progress, rebuild=rebuild)
-
-
-def _ensure_locked(lab: Lab, task: str, progress: Progress, *, rebuild: bool) -> Image:
-    for folder in [] if rebuild else _folders(lab):
-        progress.step(task, "verifying the image")
-        manifest = cache.read_manifest(folder)
-        wrong = _damage(folder, manifest, full=True) if manifest is not None else "its manifest cannot be read"
-        if manifest is not None and not wrong:
-            progress.done(task)
-            return _image(lab, folder, manifest)
-        progress.note(f"The cached image of {lab.id} is damaged ({wrong}): it is not used.")
-    image = _build(lab, folder_of(lab, secrets.token_hex(3)), task, progress)
+    with (
+        contextlib.ExitStack() as held,
+        cache.lock(
+            paths.cache() / "locks" / f"image-{recipe_digest(lab)[:16]}",
+            waiting=lambda: progress.step(task, "another run is building this image; waiting"),
+        ),
+    ):
+        image = None if rebuild else _cached(lab, task, progress, held)
+        if image is None:
+            folder = folder_of(lab, secrets.token_hex(3))
+            held.enter_context(cache.use(folder))  # before it is there: nobody removes it in between
+            image = _build(lab, folder, task, progress)
+        if uses is not None:
+            uses.enter_context(held.pop_all())
     progress.done(task)
     return image
+
+
+def _cached(lab: Lab, task: str, progress: Progress, uses: contextlib.ExitStack) -> Image | None:
+    for folder in cache.builds(folder_of(lab, "*")):
+        with contextlib.ExitStack() as held:
+            if not held.enter_context(cache.use(folder)):
+                continue  # removed since it was found
+            progress.step(task, "verifying the image")
+            manifest = cache.read_manifest(folder)
+            wrong = damage(folder, manifest, full=True) if manifest is not None else "its manifest cannot be read"
+            if manifest is not None and not wrong:
+                uses.enter_context(held.pop_all())
+                return _image(lab, folder, manifest)
+        progress.note(f"The cached image of {lab.id} is damaged ({wrong}): it is not used.")
+    return None
 
 
 def _build(lab: Lab, folder: Path, task: str, progress: Progress) -> Image:
@@ -151,13 +157,14 @@ def _build(lab: Lab, folder: Path, task: str, progress: Progress) -> Image:
     if os.geteuid() != 0:
         host.need("newuidmap")
     host.need_namespaces()
-    with cache.scratch(f"image-{lab.id}") as work:
-        _check_space(work)
+    with cache.making(f"image-{lab.id}", f"the image of {lab.id} was built") as work:
+        cache.need_mib(NEEDED_MIB, "building an image")
         progress.step(task, f"installing {lab.title}'s packages")
         _bootstrap(lab, work)
         progress.step(task, "preparing the disk: units, policy, labels")
         with resources.as_file(resources.files("lsmlab") / "image") as here:
-            (work / "masked_units").write_text("".join(f"{u}\n" for u in lab.image.masked_units), "utf-8")
+            for name in ("masked_units", "disabled_units"):
+                (work / name).write_text("".join(f"{u}\n" for u in getattr(lab.image, name)), "utf-8")
             argv = ["sh", str(here / "prepare.sh"), str(work), str(here / "overlay"), str(lab.image.disk_mib)]
             _host_step(host.in_namespace(argv), f"preparing the disk of {lab.id}")
         progress.step(task, "proving that the policy without dontaudit decides the same")
@@ -167,49 +174,43 @@ def _build(lab: Lab, folder: Path, task: str, progress: Progress) -> Image:
             [host.need("qemu-img"), "convert", "-q", "-O", "qcow2", str(work / "disk.raw"), str(work / "disk.qcow2")]
         )
         _host_step(convert, f"packing the disk of {lab.id}")
+        for name in ("vmlinuz", "initrd"):
+            (work / name).chmod(0o644)  # QEMU opens them itself, as a user of its own where root starts it
         cache.publish(work, folder, FILES, about)
     manifest = cache.read_manifest(folder)
     if manifest is None:
         raise ImageError(f"{folder}: the image vanished while it was put in place")
-    progress.note(f"Built the image of {lab.id} ({_mib(folder)} MiB in {folder}).")
+    progress.note(f"Built the image of {lab.id} ({cache.size(folder) >> 20} MiB in {folder}).")
     return _image(lab, folder, manifest)
-
-
-def _mib(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.iterdir()) >> 20
 
 
 def _host_step(argv: list[str], what: str) -> None:
     try:
         host.run(argv, what=what, timeout=1800)
     except HostError as error:
-        hint = error.hint
-        if "No space left on device" in error.message:
-            hint = f"Free some space in {paths.cache()}, or set LSMLAB_HOME to a folder on a larger disk."
-        raise ImageError(error.message, hint=hint) from error
-
-
-def _check_space(work: Path) -> None:
-    usage = os.statvfs(work)
-    free = usage.f_bavail * usage.f_frsize >> 20
-    if free < NEEDED_MIB:
-        raise HostError(
-            f"{work.parent}: {free} MiB free; building an image takes up to {NEEDED_MIB} MiB",
-            hint="Free some space, or set LSMLAB_HOME to a folder on a larger disk. `lsmlab images prune` may help.",
-        )
+        raise ImageError(error.message, hint=error.hint) from error
 
 
 def _bootstrap(lab: Lab, work: Path) -> None:
     sources = package_sources(lab.image.suite)
     (work / "apt.conf").write_text(proxy_settings(), "utf-8")
     argv = [
-        host.need("mmdebstrap"), "--quiet", "--variant=minbase", "--format=tar", "--components=main",
+        host.need("mmdebstrap"), "--variant=minbase", "--format=tar", "--components=main",
         f"--aptopt={work / 'apt.conf'}", *(f"--dpkgopt=path-exclude={p}" for p in EXCLUDED),
         f"--include={','.join(lab.image.packages)}",
     ]  # fmt: skip
     # In namespaces of ours, also without root: they die with us, and what is left of it lies in the work folder
     argv = host.in_namespace(["env", f"TMPDIR={work}", *argv, "--mode=root"])
-    _host_step([*argv, lab.image.suite, str(work / "tree.tar"), *sources], f"installing the packages of {lab.id}")
+    try:
+        _host_step([*argv, lab.image.suite, str(work / "tree.tar"), *sources], f"installing the packages of {lab.id}")
+    except ImageError as error:
+        unknown = re.findall(r"^E: Unable to locate package (\S+)$", error.message, re.MULTILINE)
+        if not unknown:
+            raise
+        raise ImageError(
+            f"Debian {lab.image.suite} has no package {', '.join(unknown)}",
+            hint=f"Mend `packages` of the lab {lab.id} or of the scenario.",
+        ) from error
 
 
 def package_sources(suite: str) -> list[str]:
@@ -257,7 +258,10 @@ def _about(lab: Lab, work: Path) -> dict[str, Any]:
         "recipe": recipe_digest(lab),
         "built": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "kernel_release": (work / "kernel").read_text("utf-8").split()[0],
-        "packages": {name: packages[name] for name in REPORTED_PACKAGES if name in packages},
+        "asked": lab.image.packages,
+        "packages": {
+            name: version for name, version in packages.items() if name in (*REPORTED_PACKAGES, *lab.image.packages)
+        },
     }
     if (work / "shipped.cil").exists():
         shipped, audited = ((work / f"{n}.cil").read_text("utf-8") for n in ("shipped", "audited"))

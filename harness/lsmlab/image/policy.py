@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lsmlab import cache, host, paths
@@ -20,13 +21,20 @@ set -eu
 cd "$1"
 mkdir tree
 tar -C tree -xf "$2"
+cp tree/etc/selinux/default/contexts/files/file_contexts file_contexts.before
 mkdir tree/modules
 cp modules/* tree/modules/
 PATH=$PATH:/usr/sbin:/sbin
 chroot tree sh -c 'cd /modules && semodule --noreload --install *' 2> compiler.log || { cat compiler.log >&2; exit 1; }
 cp "$(ls -v tree/etc/selinux/default/policy/policy.* | tail -n 1)" policy
+contexts=tree/etc/selinux/default/contexts/files
+for name in file_contexts file_contexts.bin; do
+    if cmp -s file_contexts.before $contexts/file_contexts; then : > $name; else cp $contexts/$name $name; fi
+done
 rm -rf tree
 """
+
+FILES = ("policy", "file_contexts", "file_contexts.bin")
 
 _EMPTY_BRANCH = re.compile(r"\((?:true|false)\s*\)")
 _EMPTY_CONDITION = re.compile(r"\(booleanif \([^()]*(?:\([^()]*\)[^()]*)*\)\s*\)|\(booleanif \w+\s*\)")
@@ -61,19 +69,29 @@ def prove_same_decisions(shipped: str, audited: str) -> int:
     return silent
 
 
-def compile_modules(policy_tree: Path, image_digest: str, modules: Sequence[Path]) -> bytes:
-    """The image's policy with `modules` (CIL) added, as a kernel policy; cached by the digest of all that goes in.
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A policy for the kernel, and the labels of files, as text and compiled; no labels where the modules add none."""
+
+    policy: bytes
+    file_contexts: bytes
+    file_contexts_bin: bytes
+
+
+def compile_modules(policy_tree: Path, image_digest: str, modules: Sequence[Path]) -> Compiled:
+    """The image's policy with `modules` (CIL) added; cached by the digest of all that goes in.
 
     Raises PolicyError with the compiler's own message.
     """
     sources = [(m.name, read_file(m)) for m in modules]
-    key = digest_of("policy-1", image_digest, *(part for source in sources for part in source))
+    key = digest_of("policy-2", image_digest, *(part for source in sources for part in source))
     target = paths.cache() / "policies" / key[:24]
     with cache.lock(paths.cache() / "locks" / f"policy-{key[:24]}"):
-        manifest = cache.read_manifest(target)
-        if manifest is not None and not cache.damage(target, manifest, full=True):
-            return (target / "policy").read_bytes()
-        with cache.scratch("policy") as work:
+        with cache.use(target):
+            manifest = cache.read_manifest(target)
+            if manifest is not None and not cache.damage(target, manifest, full=True):
+                return _compiled(target)
+        with cache.making("policy", "a policy was compiled") as work:
             (work / "modules").mkdir()
             for name, data in sources:
                 (work / "modules" / name).write_bytes(data)
@@ -85,5 +103,10 @@ def compile_modules(policy_tree: Path, image_digest: str, modules: Sequence[Path
             except HostError as error:
                 names = ", ".join(str(m) for m in modules)
                 raise PolicyError(f"{names}: does not compile:\n{error.message.partition(chr(10))[2]}") from error
-            cache.publish(work, target, ("policy",), {"modules": [m.name for m in modules]})
-    return (target / "policy").read_bytes()
+            compiled = _compiled(work)
+            cache.publish(work, target, FILES, {"modules": [m.name for m in modules], "image": image_digest})
+    return compiled
+
+
+def _compiled(folder: Path) -> Compiled:
+    return Compiled(*((folder / name).read_bytes() for name in FILES))

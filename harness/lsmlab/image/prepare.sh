@@ -14,7 +14,11 @@ chmod -R u=rwX,go=rX overlay
 cp -R --no-preserve=ownership overlay/. tree/
 chmod 0640 tree/etc/audit/rules.d/audit.rules
 printf '%s\n' "$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n')" > tree/etc/machine-id
+mkdir -p tree/etc/systemd/system/multi-user.target.wants
+ln -s ../lsmlab-agent.service tree/etc/systemd/system/multi-user.target.wants/
+: > tree/usr/lib/lsmlab/vehicle # what the audit rule on commands run as a service watches
 while read -r unit; do ln -sf /dev/null "tree/etc/systemd/system/$unit"; done < masked_units
+while read -r unit; do find tree/etc/systemd/system -type l -path "*.wants/$unit" -delete; done < disabled_units
 rm -f tree/etc/resolv.conf tree/etc/update-motd.d/*
 
 mv tree/boot/vmlinuz-* vmlinuz
@@ -52,5 +56,6 @@ if [ -s labels ]; then
     if grep -v '^debugfs' debugfs.log | grep -q .; then grep -v '^debugfs' debugfs.log | head -n 5 >&2; exit 1; fi
 fi
 # The root tree, less what no policy tool needs, to compile policies in with the distribution's own tools
-tar -C tree --exclude=./usr/lib/modules --exclude=./boot --exclude=./usr/share/perl --exclude=./var/cache -cf policy-tree.tar .
+tar -C tree --exclude=./usr/lib/modules --exclude=./boot --exclude=./usr/share/perl --exclude=./var/cache \
+    --exclude='libLLVM*' --exclude=./usr/lib/postgresql -cf policy-tree.tar .
 rm -rf tree

@@ -1,7 +1,8 @@
 """A guest in QEMU: started from a kernel or from a saved state, driven over QMP, dying with us.
 
 Everything the guest and we share is a file descriptor that was open before QEMU started: control and agent are socket
-pairs, the overlay disk is unlinked once QEMU has it, and no path, port or file is left when either side is killed.
+pairs, disks are opened by us, the overlay is unlinked once QEMU has it, and no path, port or file is left when either
+side is killed. So QEMU needs no rights of its own: started by root, it runs as a user who owns nothing.
 Source of the options: https://www.qemu.org/docs/master/system/invocation.html
 """
 
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +39,16 @@ CPU = {
     "tcg": "max,cx16=off",
     "kvm": "host",
 }
+KVM = Path("/dev/kvm")
+ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH")
+"""What QEMU is told of our environment, where there may be keys that a guest is to know least of all."""
 CONSOLE_BYTES = 1 << 16
 """The console's ring buffer lies in QEMU: a guest that floods it costs nothing. A power of two."""
 
 _alive: set[QemuMachine] = set()
 _alive_lock = threading.Lock()
+_stops = 0
+"""How often all guests were stopped: one that was on its way at such a moment is stopped as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +98,7 @@ class QemuMachine:
         hardware: Hardware,
         disk: Path,
         *,
+        below: Path | None = None,
         boot: Boot | None = None,
         incoming: Path | None = None,
         scratch: Path,
@@ -99,11 +107,13 @@ class QemuMachine:
     ) -> QemuMachine:
         """Start a guest on an overlay over `disk`, from `boot` or from the RAM state in file `incoming`.
 
-        The overlay lies in `scratch` and is unlinked, unless `keep_overlay` names where it shall stay. Blocks until
-        the agent answers, at most `timeout` seconds. Raises MachineError with the console's last lines.
+        `below` is what `disk` is itself an overlay over; neither is written to. The overlay lies in `scratch` and is
+        unlinked, unless `keep_overlay` names where it shall stay. Blocks until the agent answers, at most `timeout`
+        seconds. Raises MachineError with the console's last lines.
         """
         if (boot is None) == (incoming is None):
             raise ValueError("a guest starts from a kernel or from a saved state")
+        stops = _stops
         overlay = keep_overlay or scratch / f"{name}-{secrets.token_hex(4)}.qcow2"
         # Relative where it is kept: the cache may then be moved as a whole
         backing = os.path.relpath(disk, overlay.parent) if keep_overlay else str(disk)
@@ -113,7 +123,9 @@ class QemuMachine:
         )
         machine = None
         try:
-            machine = cls._spawn(name, hardware, overlay, boot, incoming)
+            machine = cls._spawn(name, hardware, [overlay, disk, *([below] if below else [])], boot, incoming)
+            if _stops != stops:  # looked at behind the entry in _alive: either this sees it, or it was killed
+                machine._process.kill()
             machine._attach()
             machine._come_up(incoming is not None, timeout)
             if keep_overlay is None:
@@ -131,52 +143,58 @@ class QemuMachine:
 
     @classmethod
     def _spawn(
-        cls, name: str, hardware: Hardware, overlay: Path, boot: Boot | None, incoming: Path | None
+        cls, name: str, hardware: Hardware, disks: Sequence[Path], boot: Boot | None, incoming: Path | None
     ) -> QemuMachine:
+        program = host.need(QEMU)
+        rights = host.no_rights(program, KVM if hardware.accelerator == "kvm" else None)
         ours: list[socket.socket] = []
-        theirs: list[socket.socket] = []
-        for _ in range(3):
-            mine, its = socket.socketpair()
-            ours.append(mine)
-            theirs.append(its)
-        state = os.open(incoming, os.O_RDONLY) if incoming else -1
-        qmp, agent, terminal = (s.fileno() for s in theirs)
-        argv = [
-            host.need(QEMU), "-name", f"lsmlab-{name}", *hardware.arguments(),
-            "-drive", f"file={_escaped(overlay)},if=none,id=disk,format=qcow2,cache=unsafe,discard=unmap",
-            "-device", "virtio-blk-pci,drive=disk",
-            "-device", "virtio-serial-pci,id=serial",
-            "-chardev", f"socket,id=agent,fd={agent}",
-            "-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0",
-            "-chardev", f"socket,id=terminal,fd={terminal}", "-device", "virtconsole,chardev=terminal",
-            "-chardev", f"ringbuf,id=console,size={CONSOLE_BYTES}", "-serial", "chardev:console", "-no-reboot",
-            "-chardev", f"socket,id=control,fd={qmp}", "-mon", "chardev=control,mode=control",
-        ]  # fmt: skip
-        if boot is not None:
-            argv += ["-kernel", str(boot.kernel), "-initrd", str(boot.initrd), "-append", boot.command_line]
-        else:
-            argv += ["-incoming", f"fd:{state}"]
-        inherited = [qmp, agent, terminal, *([state] if incoming else [])]
+        with contextlib.ExitStack() as theirs:
+            inherited: list[int] = []
 
-        def spawn() -> subprocess.Popen[bytes]:
-            return subprocess.Popen(
-                host.dying_with_us(argv),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=inherited,
-                start_new_session=True,  # Ctrl-C is ours to handle: the guest is stopped in order
-            )
+            def pair() -> int:
+                mine, its = socket.socketpair()
+                ours.append(mine)
+                inherited.append(theirs.enter_context(its).fileno())
+                return inherited[-1]
 
-        try:
-            process = portal.in_loop_thread(spawn)
-        except OSError as error:
-            raise MachineError(f"{QEMU} does not start: {error}") from error
-        finally:
-            for its in theirs:
-                its.close()
-            if incoming:
-                os.close(state)
+            def opened(path: Path, flags: int = os.O_RDONLY) -> int:
+                inherited.append(_open(path, flags))
+                theirs.callback(os.close, inherited[-1])
+                return inherited[-1]
+
+            qmp, agent, terminal = pair(), pair(), pair()
+            argv = [
+                program, "-name", f"lsmlab-{name}", *hardware.arguments(), *_drive(disks, opened),
+                "-device", "virtio-blk-pci,drive=disk",
+                "-device", "virtio-serial-pci,id=serial",
+                "-chardev", f"socket,id=agent,fd={agent}",
+                "-device", "virtserialport,chardev=agent,name=lsmlab.agent",
+                "-chardev", f"socket,id=terminal,fd={terminal}", "-device", "virtconsole,chardev=terminal",
+                "-chardev", f"ringbuf,id=console,size={CONSOLE_BYTES}", "-serial", "chardev:console", "-no-reboot",
+                "-chardev", f"socket,id=control,fd={qmp}", "-mon", "chardev=control,mode=control",
+            ]  # fmt: skip
+            if boot is not None:
+                for option, path in (("-kernel", boot.kernel), ("-initrd", boot.initrd)):
+                    argv += [option, f"/proc/self/fd/{opened(path)}"]
+                argv += ["-append", boot.command_line]
+            elif incoming is not None:
+                argv += ["-incoming", f"fd:{opened(incoming)}"]
+
+            def spawn() -> subprocess.Popen[bytes]:
+                return subprocess.Popen(
+                    host.dying_with_us(argv, rights=rights),
+                    env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    pass_fds=inherited,
+                    start_new_session=True,  # Ctrl-C is ours to handle: the guest is stopped in order
+                )
+
+            try:
+                process = portal.in_loop_thread(spawn)
+            except OSError as error:
+                raise MachineError(f"{QEMU} does not start: {error}") from error
         machine = cls(name, process, ours[0], AgentChannel(ours[1], name))
         machine.terminal_socket = ours[2]
         with _alive_lock:
@@ -195,7 +213,10 @@ class QemuMachine:
         if from_state:
             self._finish_incoming(time.monotonic() + 60)
         try:
-            self._agent.wait_until_up(timeout)
+            if from_state:
+                self._agent.wait_until_up(timeout)
+            else:
+                self._agent.bootstrap(timeout)
         except ChannelError as error:
             if self._process.poll() is not None:
                 raise MachineError(f"QEMU ended: {self._last_words() or 'without a word'}") from error
@@ -310,15 +331,39 @@ class QemuMachine:
 
 
 def stop_all() -> None:
-    """Stop every guest of this process: for Ctrl-C and the end of the program. Never raises."""
+    """Stop every guest of this process, those that are just being started too: for Ctrl-C and the program's end.
+
+    Never raises.
+    """
+    global _stops  # noqa: PLW0603 - of the process, as its guests are
     with _alive_lock:
+        _stops += 1
         machines = list(_alive)
     for machine in machines:
         machine._process.kill()
 
 
-def _escaped(path: Path) -> str:
-    return str(path).replace(",", ",,")  # QEMU's option parser doubles commas
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be opened for a guest: {error.strerror}") from error
+
+
+def _drive(disks: Sequence[Path], opened: Callable[[Path, int], int]) -> list[str]:
+    """QEMU's options for the overlay, `disks[0]`, and what lies below it, none of it opened by name.
+
+    Of a set of descriptors QEMU takes the one whose mode is asked for; a start from a saved state reads the overlay
+    before it writes. The names in the files' own headers do not count.
+    """
+    sets, drive = [], "if=none,id=disk,cache=unsafe,discard=unmap"
+    for number, disk in enumerate(disks):
+        modes = (os.O_RDONLY,) if number else (os.O_RDONLY, os.O_RDWR)
+        for flags in modes:
+            sets += ["-add-fd", f"fd={opened(disk, flags)},set={number}"]
+        layer = "backing." * number
+        drive += f",{layer}driver=qcow2,{layer}file.driver=file,{layer}file.filename=/dev/fdset/{number}"
+    return [*sets, "-drive", drive]
 
 
 def _indent(text: str) -> str:

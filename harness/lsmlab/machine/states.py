@@ -1,26 +1,32 @@
 """Booted, settled guests kept as RAM and disk state: the next guest starts from one in half a second.
 
-A state fits one image, one command line and one hardware; its key is the digest of all of them. A damaged one is said
-and made anew.
+A state fits one image, one command line and one hardware; its key is the digest of all of them. A damaged one, or one
+that QEMU refuses, is said and made anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import json
+import secrets
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lsmlab import cache, paths
+from lsmlab.channel.agent import agent_digest
 from lsmlab.channel.base import Channel
 from lsmlab.definition import digest_of
 from lsmlab.errors import HostError, LsmlabError, MachineError
 from lsmlab.image.build import Image
 from lsmlab.lab import Lab
-from lsmlab.machine.qemu import Boot, Hardware, QemuMachine
+from lsmlab.machine.qemu import CPU, Boot, Hardware, QemuMachine
 from lsmlab.progress import Progress
 from lsmlab.terms import Framework, Kernel
 
-FORMAT = "2"
+FORMAT = "3"
 FILES = ("ram", "disk.qcow2")
 COMMON_ARGUMENTS = (
     "root=/dev/vda rw console=ttyS0 quiet audit=1 audit_backlog_limit=16384 panic=0 net.ifnames=0 "
@@ -28,6 +34,7 @@ COMMON_ARGUMENTS = (
 )
 """panic=0: a guest that panics stands still, so that its console can be read."""
 BOOT_SECONDS = {"tcg": 300.0, "kvm": 60.0}
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +42,20 @@ class SavedState:
     """A guest that can be started at once."""
 
     folder: Path
+    image: Image
     hardware: Hardware
     command_line: str
 
     def start(self, name: str, scratch: Path) -> QemuMachine:
         """A new guest from this state, on a disk of its own. Raises MachineError."""
         return QemuMachine.start(
-            name, self.hardware, self.folder / "disk.qcow2", incoming=self.folder / "ram", scratch=scratch, timeout=60
+            name,
+            self.hardware,
+            self.folder / "disk.qcow2",
+            below=self.image.disk,
+            incoming=self.folder / "ram",
+            scratch=scratch,
+            timeout=60,
         )
 
 
@@ -50,34 +64,119 @@ def command_line(lab: Lab, kernel: Kernel) -> str:
     return f"{COMMON_ARGUMENTS} {lab.kernel_arguments[kernel]}"
 
 
-def _folder(lab: Lab, image: Image, kernel: Kernel, hardware: Hardware) -> Path:
-    key = digest_of(
-        FORMAT, image.digest, image.folder.name, command_line(lab, kernel), *hardware.arguments(), hardware.qemu_version
-    )
-    return paths.cache() / "states" / f"{lab.id}-{kernel}-{key[:16]}"
+def fits(lab: Lab, image: Image, kernel: Kernel, hardware: Hardware) -> dict[str, Any]:
+    """All that a saved state fits, as its manifest says it."""
+    about: dict[str, Any] = {
+        "format": FORMAT, "agent": agent_digest(), "lab": lab.id, "kernel": kernel.value,
+        "command_line": command_line(lab, kernel), "image": image.digest, "image_folder": image.folder.name,
+        "qemu": hardware.qemu_version, "accelerator": hardware.accelerator, "cpu": CPU[hardware.accelerator],
+        "memory_mib": hardware.memory_mib,
+    }  # fmt: skip
+    return about | (_host_cpu() if hardware.accelerator == "kvm" else {})
 
 
-def ensure(lab: Lab, image: Image, kernel: Kernel, hardware: Hardware, progress: Progress, task: str) -> SavedState:
+def _host_cpu() -> dict[str, str]:
+    """This machine's processor, which guests see under KVM."""
+    first = CPU_INFO.read_text("utf-8").partition("\n\n")[0]
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    return {"host_cpu": fields.get("model name", ""), "host_cpu_flags": digest_of(fields.get("flags", ""))}
+
+
+def folder_of(lab: Lab, image: Image, kernel: Kernel, hardware: Hardware, build_id: str) -> Path:
+    """Where one build of a saved state lies in the cache. Another may be in use: each has a folder of its own."""
+    about = json.dumps(fits(lab, image, kernel, hardware), sort_keys=True)
+    key = digest_of(about, *hardware.arguments())
+    return paths.cache() / "states" / f"{lab.id}-{kernel}-{key[:16]}-{build_id}"
+
+
+def damage(folder: Path, about: Mapping[str, Any], *, full: bool) -> str:
+    """What is wrong with a state that is to fit `about`, or an empty text; see `cache.damage`."""
+    manifest = cache.read_manifest(folder)
+    if manifest is None:
+        return "its manifest cannot be read"
+    other = [key for key, value in about.items() if manifest.get(key) != value]
+    other += [name for name in FILES if name not in manifest["files"]]
+    return f"its manifest has another {other[0]}, or none" if other else cache.damage(folder, manifest, full=full)
+
+
+def ensure(
+    lab: Lab,
+    image: Image,
+    kernel: Kernel,
+    hardware: Hardware,
+    progress: Progress,
+    task: str,
+    *,
+    uses: contextlib.ExitStack,
+    check: Callable[[], None] = lambda: None,
+) -> SavedState:
     """The saved state for one boot of `lab`, made by a cold boot where there is none.
 
-    Raises MachineError where the guest does not come up, and FrameworkError where it came up as something else.
+    It is not removed before `uses` is closed. `check` raises where it is wanted no more: a run that another boots for
+    waits. Raises MachineError where the guest does not come up, FrameworkError where it came up as something else, and
+    HostError where the disk is full.
     """
-    folder = _folder(lab, image, kernel, hardware)
-    state = SavedState(folder, hardware, command_line(lab, kernel))
-    with cache.lock(paths.make(paths.cache() / "locks") / f"state-{folder.name}"):
-        manifest = cache.read_manifest(folder)
-        if manifest is not None:
-            wrong = cache.damage(folder, manifest, full=True)
-            if not wrong:
-                return state
-            progress.note(f"The saved state of {lab.id} ({kernel}) is damaged ({wrong}): booting it anew.")
-        _boot(lab, image, kernel, state, progress, task)
+    key = folder_of(lab, image, kernel, hardware, "")
+    with (
+        contextlib.ExitStack() as held,
+        cache.lock(
+            paths.cache() / "locks" / f"state-{key.name}",
+            waiting=lambda: progress.step(task, f"another run is booting this; waiting (kernel: {kernel})"),
+            check=check,
+        ),
+    ):
+        state = _saved(lab, image, kernel, hardware, progress, held)
+        if state is None:
+            _say_what_is_stale(fits(lab, image, kernel, hardware), progress)
+            folder = key.with_name(key.name + secrets.token_hex(3))
+            held.enter_context(cache.use(folder))  # before it is there: nobody removes it in between
+            state = SavedState(folder, image, hardware, command_line(lab, kernel))
+            _boot(lab, image, kernel, state, progress, task)
+        uses.enter_context(held.pop_all())
     return state
+
+
+def _saved(
+    lab: Lab, image: Image, kernel: Kernel, hardware: Hardware, progress: Progress, uses: contextlib.ExitStack
+) -> SavedState | None:
+    about = fits(lab, image, kernel, hardware)
+    for folder in cache.builds(folder_of(lab, image, kernel, hardware, "*")):
+        with contextlib.ExitStack() as held:
+            if not held.enter_context(cache.use(folder)):
+                continue  # removed since it was found
+            wrong = damage(folder, about, full=True)
+            if not wrong:
+                uses.enter_context(held.pop_all())
+                return SavedState(folder, image, hardware, command_line(lab, kernel))
+        progress.note(f"The saved state of {lab.id} ({kernel}) is damaged ({wrong}): booting it anew.")
+        discard(folder, progress)
+    return None
+
+
+def _say_what_is_stale(about: Mapping[str, Any], progress: Progress) -> None:
+    """Where there is a state for this boot that fits no more, say what has changed."""
+    same = ("lab", "kernel", "accelerator")
+    for folder in cache.builds(paths.cache() / "states" / f"{about['lab']}-{about['kernel']}-*"):
+        manifest = cache.read_manifest(folder)
+        if manifest is not None and all(manifest.get(key) == about[key] for key in same):
+            other = [key.replace("_", " ") for key in about if manifest.get(key) != about[key]]
+            changed = ", ".join(other or ["set of QEMU's options"])
+            progress.note(f"The saved state of {about['lab']} ({about['kernel']}) is stale (another {changed}).")
+            return
+
+
+def discard(folder: Path, progress: Progress) -> None:
+    """Have no guest start from a state again. Where it cannot be removed, that is said."""
+    try:
+        cache.discard(folder)
+    except HostError as error:
+        progress.note(str(error))
 
 
 def _boot(lab: Lab, image: Image, kernel: Kernel, state: SavedState, progress: Progress, task: str) -> None:
     boot = Boot(image.kernel, image.initrd, state.command_line)
-    with cache.scratch(f"state-{lab.id}-{kernel}") as work:
+    with cache.making(f"state-{lab.id}-{kernel}", f"the booted state of {lab.id} ({kernel}) was made") as work:
+        cache.need_mib(lab.memory_mib, "a saved guest")
         progress.step(task, f"booting {lab.title} (kernel: {kernel})")
         machine = QemuMachine.start(
             f"{lab.id}-{kernel}",
@@ -91,16 +190,15 @@ def _boot(lab: Lab, image: Image, kernel: Kernel, state: SavedState, progress: P
         try:
             progress.step(task, f"letting {lab.title} settle (kernel: {kernel})")
             settle(machine.channel, kernel)
+            machine.channel.ask("scrub", within=60)
             progress.step(task, f"saving the booted state (kernel: {kernel})")
             machine.save(work / "ram")
         except LsmlabError as error:
             raise MachineError(f"{lab.id} ({kernel}): {error.message}", hint=error.hint) from error
         finally:
             machine.stop()
-        about = {
-            "lab": lab.id, "kernel": kernel.value, "command_line": state.command_line, "image": image.digest,
-            "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }  # fmt: skip
+        about = fits(lab, image, kernel, state.hardware)
+        about["made"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         try:
             cache.publish(work, state.folder, FILES, about)
         except OSError as error:

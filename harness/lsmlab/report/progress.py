@@ -17,7 +17,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from lsmlab.report.tables import clean, duration
+from lsmlab.report.tables import duration
+from lsmlab.terminal import clean
 
 REFRESHES = 8
 """A second."""

@@ -1,8 +1,7 @@
-"""How text from a guest is made harmless, and how text is laid out: tables, lists, indentation."""
+"""How text is laid out: tables, lists, indentation."""
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,14 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from tabulate import tabulate
 
-_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Unicode categories that are not seen but act: controls, bidirectional overrides, surrogates, line separators."""
-
-
-def clean(text: str) -> str:
-    """`text` with everything that a terminal would obey made visible (`\\x1b`); line ends and tabs stay."""
-    acts = {c for c in text if c not in "\n\t" and unicodedata.category(c) in _HIDDEN}
-    return text.translate({ord(c): c.encode("unicode_escape").decode("ascii") for c in acts})
+from lsmlab.terminal import clean
 
 
 def duration(seconds: float) -> str:

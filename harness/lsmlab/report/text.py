@@ -23,10 +23,11 @@ from rich.text import Text
 
 from lsmlab.attempt import Observation
 from lsmlab.evidence import Denial
-from lsmlab.facts import ModeFacts, Process
+from lsmlab.facts import ModeFacts, ObjectFacts, Process
 from lsmlab.outcome import ArmRecord, AttemptRecord, Outcome
-from lsmlab.report.tables import Block, Shown, bullets, clean, duration, facts
-from lsmlab.terms import CONTROL, ENFORCING_ARM, Arm, AttemptKind, Result, Verdict
+from lsmlab.report.tables import Block, Shown, bullets, duration, facts
+from lsmlab.terminal import clean
+from lsmlab.terms import ENFORCING_ARM, Arm, AttemptKind, Result, Verdict
 
 __all__ = [
     "clean",
@@ -68,6 +69,7 @@ def outcome_detail(outcome: Outcome, number: int | None = None) -> RenderableTyp
     env = outcome.environment
     about = facts(
         ("expected", f"{outcome.expected}: {outcome.because.strip()}"),
+        ("falsified", Text("\n").join(_falsified(outcome))),
         ("recorded", outcome.recorded),
         ("outcome", outcome.id + (f" (number {number})" if number is not None else "")),
         ("scenario", f"sha256 {outcome.scenario_digest}"),
@@ -80,6 +82,27 @@ def outcome_detail(outcome: Outcome, number: int | None = None) -> RenderableTyp
     )
     arms = [part for arm in outcome.arms for part in _arm_detail(arm)]
     return Block(Group(outcome_summary(outcome, number), about, Text(), *arms))
+
+
+def falsification_summary(outcome: Outcome) -> RenderableType:
+    """What `lsmlab run --falsify` prints of one outcome: whether it could have come out otherwise."""
+    found = outcome.falsification
+    assert found is not None
+    word, style = ("falsifiable", GOOD) if found.falsifiable else ("PROVES NOTHING", BAD)
+    if found.verdict is Verdict.ERROR:
+        word, style = "not falsified, an error", ODD
+    head = Text.assemble((f"{word}: ", f"bold {style}"), _where(outcome))
+    other = Text(f"With another denial expected, the verdict is {found.misled}.")
+    return Group(head, Block(Group(*_falsified(outcome), other)), Text())
+
+
+def _falsified(outcome: Outcome) -> Iterator[Text]:
+    found = outcome.falsification
+    if found is None:
+        return
+    yield Text(f"With this in the policy, the verdict is {found.verdict} ({_line(found.reason)}):")
+    for rule in _some(list(found.rules), SHOWN_LINES) or ["(no rule could be made of the denials)"]:
+        yield Text(f"  {_line(rule)}")
 
 
 def outcomes_table(rows: Sequence[tuple[int, Outcome]]) -> RenderableType:
@@ -113,6 +136,12 @@ def run_summary(outcomes: Sequence[Outcome], seconds: float) -> str:
     ]
     if errors:
         parts.append(f"{len(errors)} error{'s' if len(errors) > 1 else ''}")
+    tried = [o.falsification for o in outcomes if o.falsification is not None]
+    if tried:
+        good, broken = sum(f.falsifiable for f in tried), sum(f.verdict is Verdict.ERROR for f in tried)
+        idle = len(tried) - good - broken
+        parts.append(f"{good} falsifiable" + (f", {idle} PROVE NOTHING" if idle else ""))
+        parts += [f"{broken} not falsified by an error"] if broken else []
     count = f"{len(outcomes)} outcome{'' if len(outcomes) == 1 else 's'}"
     return f"{count}{': ' if parts else ''}{', '.join(parts)} in {duration(seconds)}"
 
@@ -263,10 +292,16 @@ def _proof(outcome: Outcome) -> Iterator[tuple[str, list[str]]]:
     """Why DAC permits the first attack, and what the kernel recorded of each where MAC decides."""
     attacks = [name for name, kind in outcome.attempts if kind is AttemptKind.ATTACK]
     for name in attacks[:1]:
-        seen = _made(outcome.arm(CONTROL), name)
+        seen = _made(outcome.control, name)
         if seen is not None and seen.dac is not None:
-            verb = "permits" if seen.dac.permitted else "forbids"
-            yield f"DAC {verb} {'it' if len(attacks) == 1 else _line(name)}:", [seen.dac.rule]
+            it = "it" if len(attacks) == 1 else _line(name)
+            if seen.dac.permitted:
+                title = f"DAC permits {it}:"
+            elif seen.result is Result.ALLOWED:  # by a set-user-id program, or a helper that runs as somebody else
+                title = f"DAC forbids {it} to the worker, and yet it was done (by another process?):"
+            else:
+                title = f"DAC forbids {it}:"
+            yield title, [seen.dac.rule]
     if outcome.verdict in {Verdict.DAC_BLOCKED, Verdict.CONTROL_BLOCKED}:
         return  # nothing is shown about MAC, so no denial is owed
     enforcing = outcome.arm(ENFORCING_ARM[outcome.framework])
@@ -359,19 +394,22 @@ def _observed(look: Observation) -> list[tuple[str, Shown]]:
         f"after {look.seconds:.2f} s",
     ]
     before, after = look.subject_before.processes, look.subject_after.processes
-    target = look.object
-    label = "no label" if target.label == "?" else target.label
-    found = f"inode {target.ino} on {target.device}, {label}" if target.exists else "absent"
     modes = dict.fromkeys((_mode(look.mode_before), _mode(look.mode_after)))
     return [
         ("command", shlex.join(look.command)),
         ("ended", ", ".join(ending)),
         ("subject", "\n".join(_process(p) for p in before) or "no process"),
         ("afterwards", "" if after == before else "\n".join(_process(p) for p in after) or "no process"),
-        ("object", f"{target.path}: {found}{', on a read-only mount' if target.read_only else ''}"),
+        ("object", _object(look.object) if look.object is not None else ""),
         ("mode", " before, ".join(modes) + (" after" if len(modes) > 1 else ", before and after")),
         ("evidence", f"{look.source.name}: {look.source.state} ({look.source.detail})"),
     ]
+
+
+def _object(target: ObjectFacts) -> str:
+    label = "no label" if target.label == "?" else target.label
+    found = f"inode {target.ino} on {target.device}, {label}" if target.exists else "absent"
+    return f"{target.path}: {found}{', on a read-only mount' if target.read_only else ''}"
 
 
 def _mode(mode: ModeFacts) -> str:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lsmlab.doctor import Finding
 from lsmlab.lab import Lab
-from lsmlab.report.text import clean
+from lsmlab.terminal import clean
 from lsmlab.trial import Question, TrialArm
 
 STYLES = {"ran": "", "refused": "bold", "failed": "yellow", "error": "red"}
@@ -29,7 +29,8 @@ def trial_table(question: Question, lab: Lab, answers: Sequence[TrialArm]) -> Re
         table.add_column(column, overflow="fold", header_style="dim")
     for answer in answers:
         result = Text(answer.result, style=STYLES[answer.result])
-        table.add_row(answer.arm, result, answer.by or "-", clean(answer.domain) or "-", clean(answer.reason))
+        words = (answer.by or "-", answer.domain or "-", answer.reason)
+        table.add_row(answer.arm, result, *(Text(clean(w)) for w in words))
     parts: list[RenderableType] = [head, Text(), table]
     explained = next((a.dac for a in answers if a.dac is not None), None)
     if explained is not None:

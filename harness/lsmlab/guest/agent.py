@@ -1,0 +1,887 @@
+"""lsmlab's agent in a guest: does what the harness asks and reads facts, in one process that is there already.
+
+Under emulation a program costs 50 ms and more to start, so everything between a restored snapshot and the evidence is
+done in here: canary, request, sentinel, log, facts, one question and one answer. It needs nothing but Python's own
+library (3.9 or later), knows nothing of scenarios or verdicts, and never judges.
+
+Protocol: JSON lines over one byte stream. A question is `{"id": ..., "do": OPERATION, ...}`, its answer
+`{"id": ..., "answer": ...}` or `{"id": ..., "error": TEXT}`. Each question has a thread of its own. Bytes are base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import ctypes
+import errno
+import grp
+import http.client
+import json
+import mmap
+import os
+import pwd
+import select
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+LOG = "/var/log/audit/audit.log"
+CGROUPS = "/sys/fs/cgroup/system.slice"
+PROFILES = "/sys/kernel/security/apparmor/profiles"
+APPARMOR_MODE = "/sys/module/apparmor/parameters/mode"
+LSM = "/sys/kernel/security/lsm"
+ENFORCE = "/sys/fs/selinux/enforce"
+VEHICLE = "/usr/lib/lsmlab/vehicle"
+"""Where the program of a command run as a service is copied to; an audit rule of the image watches it."""
+MOST_OUTPUT = 16 << 20
+"""Bytes of output, and of errors, that are carried; who writes more is killed."""
+REST_SECONDS = 0.03
+"""A service is at rest when its processes sleep and have used no processor time for so long."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+CLONE_NEWNS, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 0x1000, 0x4000, 0x40000
+PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 24, 38, 47, 4
+IN_MODIFY, IN_MOVE_SELF, IN_CLOEXEC, IN_NONBLOCK = 0x2, 0x800, 0o2000000, 0o4000
+MAP_POPULATE = 0x8000
+PROC_USER_INIT_INO = 0xEFFFFFFD
+NETLINK_AUDIT, AUDIT_GET, AUDIT_USER, NLM_F_REQUEST, NLM_F_ACK, NLMSG_ERROR = 9, 1000, 1005, 1, 4, 2
+GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESRCH, errno.ENODEV}
+"""What a file of /proc or of a cgroup says once its process or group has ended."""
+
+
+class Refused(Exception):  # noqa: N818 - an answer, not a fault
+    """Cannot be done; the text is for people."""
+
+
+# Files and facts
+
+
+def text_of(path: str) -> str:
+    """What a small file holds, without the newline at its end. Raises OSError."""
+    with open(path, "rb", buffering=0) as file:
+        data = bytearray()
+        while chunk := file.read(1 << 16):
+            data += chunk
+    return data.rstrip(b"\n\0").decode("utf-8", "backslashreplace")
+
+
+def text_if_any(path: str) -> str:
+    """The same; empty where its process or group has ended."""
+    try:
+        return text_of(path)
+    except OSError as error:
+        if error.errno in GONE:
+            return ""
+        raise
+
+
+def mode() -> dict[str, Any]:
+    """What the kernel says of its frameworks. What it does not say is an error, and never "no framework"."""
+    lsm = text_of(LSM).split(",")
+    if not all(lsm):
+        raise Refused(f"{LSM} holds {','.join(lsm)!r}; expected a list of names")
+    enforcing = profiles = whole = None
+    if "selinux" in lsm:
+        word = text_of(ENFORCE)
+        if word not in {"0", "1"}:
+            raise Refused(f"{ENFORCE} holds {word!r}; expected 0 or 1")
+        enforcing = word == "1"
+    if "apparmor" in lsm:
+        profiles = {}
+        for line in filter(None, text_of(PROFILES).split("\n")):
+            name, found, state = line.rpartition(" (")
+            if not (name and found and state.endswith(")")):
+                raise Refused(f"{PROFILES} has the line {line!r}; expected NAME (MODE)")
+            profiles[name] = state[:-1]
+        whole = text_of(APPARMOR_MODE)
+    return {"lsm": lsm, "selinux_enforcing": enforcing, "profiles": profiles, "apparmor_mode": whole}
+
+
+def _audit(kind: int, data: bytes = b"") -> bytes:
+    """One message to the kernel's audit subsystem, and its answer: include/uapi/linux/audit.h."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_AUDIT) as link:
+        link.settimeout(20)
+        flags = NLM_F_REQUEST | (NLM_F_ACK if kind == AUDIT_USER else 0)
+        link.send(struct.pack("=IHHII", 16 + len(data), kind, flags, 1, 0) + data)
+        answer = link.recv(1 << 16)
+    found = struct.unpack_from("=H", answer, 4)[0]
+    if found == NLMSG_ERROR:
+        code = -struct.unpack_from("=i", answer, 16)[0]
+        if code:
+            raise Refused(f"the kernel's audit subsystem: {os.strerror(code)}")
+    elif found != kind:
+        raise Refused(f"the kernel's audit subsystem answers with message type {found}")
+    return answer[16:]
+
+
+def audit_state() -> dict[str, Any]:
+    """struct audit_status, and the log's identity and size."""
+    names = ("mask", "enabled", "failure", "pid", "rate_limit", "backlog_limit", "lost", "backlog")
+    status = dict(zip(names, struct.unpack_from("=8I", _audit(AUDIT_GET))))
+    try:
+        log = os.stat(LOG)
+    except OSError as error:
+        raise Refused(f"{LOG}: {error.strerror}") from None
+    return {
+        "enabled": status["enabled"],
+        "daemon_pid": status["pid"],
+        "lost": status["lost"],
+        "backlog": status["backlog"],
+        "log": f"{log.st_dev}:{log.st_ino}",
+        "size": log.st_size,
+    }
+
+
+def sentinel(word: str) -> None:
+    """Send `word` through the audit queue: a record of type USER."""
+    _audit(AUDIT_USER, word.encode() + b"\0")
+
+
+class _Watch:
+    """Waits until a file is written, for one at a time. Its inotify stays open: to close one takes the kernel 7 ms."""
+
+    def __init__(self) -> None:
+        self.in_use = threading.Lock()
+        self._inotify = -1
+        self._file = -1
+        self._poller = select.poll()
+
+    def on(self, path: str) -> None:
+        if self._inotify < 0:
+            self._inotify = _libc.inotify_init1(IN_CLOEXEC | IN_NONBLOCK)
+            if self._inotify >= 0:
+                self._poller.register(self._inotify, select.POLLIN)
+        if self._inotify >= 0:
+            self._file = _libc.inotify_add_watch(self._inotify, path.encode(), IN_MODIFY | IN_MOVE_SELF)
+        if self._inotify < 0 or self._file < 0:
+            raise Refused(f"{path} cannot be watched: {os.strerror(ctypes.get_errno())}")
+
+    def moved(self, seconds: float) -> bool | None:
+        """Whether the file is moved away, as soon as something happened; None where nothing does."""
+        if seconds <= 0 or not self._poller.poll(seconds * 1000):
+            return None
+        events = struct.iter_unpack("=iIII", os.read(self._inotify, 1 << 12))  # a file's own carry no name
+        return any(file == self._file and mask & IN_MOVE_SELF for file, mask, _, _ in events)
+
+
+_log = _Watch()
+
+
+def read_log(offset: int, word: str, seconds: float, most: int) -> tuple[bytes, bool]:
+    """The log from byte `offset` on, at most `most` bytes, as soon as it holds `word`; and whether it does.
+
+    Not waited for in a log that is moved away: what comes then goes to another file.
+    """
+    deadline = time.monotonic() + seconds
+    wanted, found = word.encode(), bytearray()
+    moved: bool | None = False
+    if not _log.in_use.acquire(timeout=seconds):
+        return b"", False
+    try:
+        _log.on(LOG)
+        with open(LOG, "rb", buffering=0) as log:
+            log.seek(offset)
+            while len(found) < most:
+                chunk = log.read(min(1 << 20, most - len(found)))
+                if chunk:
+                    start = max(0, len(found) - len(wanted))
+                    found += chunk
+                    if found.find(wanted, start) >= 0:
+                        return bytes(found), True
+                    continue
+                if moved is not False:
+                    break
+                moved = _log.moved(deadline - time.monotonic())
+    finally:
+        _log.in_use.release()
+    return bytes(found), False
+
+
+# Services
+
+
+def _cgroup(unit: str) -> str:
+    plain = f"{CGROUPS}/{unit}"
+    if os.path.isdir(plain):
+        return plain
+    if not os.path.isdir(CGROUPS):
+        raise Refused(f"{CGROUPS} is not there: which processes a unit has is not known")
+    if "@" in unit:  # an instance lies in the slice of its template
+        for entry in os.scandir(CGROUPS):
+            if entry.name.endswith(".slice") and os.path.isdir(f"{entry.path}/{unit}"):
+                return f"{entry.path}/{unit}"
+    return plain
+
+
+def pids(unit: str) -> list[int]:
+    """The processes of a unit, those of its sub-groups included."""
+    found, folders = [], [_cgroup(unit)]
+    for folder in folders:
+        found += [int(pid) for pid in text_if_any(f"{folder}/cgroup.procs").split()]
+        with contextlib.suppress(FileNotFoundError):
+            folders += [entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+    return found
+
+
+def service(unit: str) -> dict[str, Any]:
+    """What systemd says of a unit."""
+    asked = ["systemctl", "show", "--property=ActiveState,SubState,MainPID,Result", unit]
+    done = subprocess.run(asked, capture_output=True, stdin=subprocess.DEVNULL, timeout=60, check=False)
+    said = dict(line.partition("=")[::2] for line in done.stdout.decode("utf-8", "replace").split("\n") if line)
+    if "ActiveState" not in said:
+        raise Refused(f"systemctl show {unit}: {done.stderr.decode('utf-8', 'replace').strip()}")
+    return {
+        "active": said["ActiveState"],
+        "sub": said["SubState"],
+        "result": said["Result"],
+        "main_pid": int(said["MainPID"]),
+    }
+
+
+def _label_of(process: str) -> str:
+    try:
+        return text_of(f"{process}/attr/current")
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # no framework gives labels
+            return ""
+        raise
+
+
+def _process(pid: int, main: int) -> dict[str, Any]:
+    folder = f"/proc/{pid}"
+    lines = (line.partition(":") for line in text_of(f"{folder}/status").split("\n"))
+    status = {name: value.strip(" \t") for name, _, value in lines}
+    return {
+        "pid": pid,
+        "ppid": int(status["PPid"]),
+        "name": status["Name"],
+        "main": pid == main,
+        "exe": os.readlink(f"{folder}/exe"),
+        "label": _label_of(folder),
+        "uids": [int(n) for n in status["Uid"].split()],
+        "gids": [int(n) for n in status["Gid"].split()],
+        "groups": [int(n) for n in status["Groups"].split()],
+        "cap_permitted": int(status["CapPrm"], 16),
+        "cap_effective": int(status["CapEff"], 16),
+        "cap_bounding": int(status["CapBnd"], 16),
+        "no_new_privs": status["NoNewPrivs"] == "1",
+        "seccomp": int(status["Seccomp"]),
+        "initial_userns": os.stat(f"{folder}/ns/user").st_ino == PROC_USER_INIT_INO,
+    }
+
+
+def subject(unit: str, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A unit's state and processes. `known`: its state from before, which holds while its main process lives."""
+    there = pids(unit)
+    state = known if known is not None and known["main_pid"] in there else service(unit)
+    processes = []
+    for pid in there:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            processes.append(_process(pid, state["main_pid"]))
+    return {"service": state, "processes": processes}
+
+
+def at_rest(unit: str, seconds: float = 15) -> bool:
+    """Wait until all processes of a unit sleep: forked, exec'd, done with changing their user. False: they do not."""
+
+    def look() -> list[tuple[Any, ...]] | None:
+        seen: list[tuple[Any, ...]] = []
+        for pid in pids(unit):
+            line = text_if_any(f"/proc/{pid}/stat")
+            fields = line.rpartition(") ")[2].split()
+            if not fields or fields[0] not in "SI":
+                return None
+            seen.append((pid, fields[11], fields[12], text_if_any(f"/proc/{pid}/schedstat").split(" ")[0]))
+        return seen
+
+    deadline = time.monotonic() + seconds
+    before: list[tuple[Any, ...]] | None = None
+    while time.monotonic() < deadline:
+        now = look()
+        if now is not None and now == before:
+            return True
+        before = now
+        time.sleep(REST_SECONDS)
+    return False
+
+
+# Objects
+
+
+def _mount_of(path: str) -> tuple[bool, str]:
+    """Whether the mount that `path` lies on is read-only, and its device's name without /dev/."""
+    there = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        about = dict(line.partition(":\t")[::2] for line in text_of(f"/proc/self/fdinfo/{there}").split("\n"))
+    finally:
+        os.close(there)
+    for line in text_of("/proc/self/mountinfo").split("\n"):
+        mount, _, disk = (part.split(" ") for part in line.partition(" - "))
+        if mount[0] == about["mnt_id"]:
+            return "ro" in mount[5].split(",") + disk[2].split(","), disk[1].rpartition("/dev/")[2]
+    raise Refused(f"{path}: its mount {about['mnt_id']} is not in /proc/self/mountinfo")
+
+
+def _acl(path: str) -> list[str]:
+    """The entries of a POSIX ACL, where there are extended ones: linux/posix_acl_xattr.h."""
+    try:
+        data = os.getxattr(path, "system.posix_acl_access")
+    except OSError as error:
+        if error.errno in {errno.ENODATA, errno.ENOTSUP}:
+            return []
+        raise
+    kinds = {1: "user", 2: "user", 4: "group", 8: "group", 16: "mask", 32: "other"}
+    entries = []
+    for tag, rights, number in struct.iter_unpack("<HHI", data[4:]):
+        name = str(number) if tag in {2, 8} else ""
+        bits = "".join(letter if rights & bit else "-" for letter, bit in (("r", 4), ("w", 2), ("x", 1)))
+        entries.append(f"{kinds[tag]}:{name}:{bits}")
+    return entries
+
+
+def _named(find: Callable[[int], Any], number: int) -> str:
+    try:
+        return str(find(number)[0])
+    except KeyError:
+        return "UNKNOWN"
+
+
+def look_at(path: str) -> dict[str, Any]:
+    """An object: where it really is, its label, and stat(2) and ACL of every component on the way to it."""
+    nothing = {"path": path, "exists": False, "real": "", "label": "", "read_only": False, "device": "", "chain": []}
+    real = os.path.realpath(path)
+    try:
+        there = os.lstat(real)
+    except OSError as error:
+        if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
+            return nothing
+        raise
+    if stat.S_ISLNK(there.st_mode):  # a loop of links
+        return nothing
+    chain = []
+    parts = [part for part in real.split("/") if part]
+    for count in range(len(parts) + 1):
+        here = "/" + "/".join(parts[:count])
+        found = os.lstat(here)
+        chain.append(
+            {
+                "path": here,
+                "mode": found.st_mode,
+                "uid": found.st_uid,
+                "gid": found.st_gid,
+                "user": _named(pwd.getpwuid, found.st_uid),
+                "group": _named(grp.getgrgid, found.st_gid),
+                "dev": f"{found.st_dev:x}",
+                "ino": found.st_ino,
+                "acl": _acl(here),
+            }
+        )
+    read_only, device = _mount_of(real)
+    return {**nothing, "exists": True, "real": real, "label": _label(real), "read_only": read_only,
+            "device": device, "chain": chain}  # fmt: skip
+
+
+def _label(path: str) -> str:
+    if not os.path.exists(ENFORCE):
+        return ""
+    try:
+        return os.getxattr(path, "security.selinux").rstrip(b"\0").decode("utf-8", "backslashreplace")
+    except OSError:
+        return "?"
+
+
+# Commands
+
+
+def _end_session(session: int) -> None:
+    """Kill every process of a session, those in groups of their own included."""
+    for _ in range(20):  # again, for what was forked meanwhile
+        there = False
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            fields = text_if_any(f"/proc/{entry}/stat").rpartition(") ")[2].split(" ")
+            if len(fields) > 3 and fields[3] == str(session) and fields[0] not in "ZX":
+                there = True
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(entry), signal.SIGKILL)
+        if not there:
+            return
+
+
+def _drain(descriptor: int, into: bytearray) -> bool:
+    """Read what is there, a bit beyond MOST_OUTPUT in all at the most. False at the end of the stream."""
+    while len(into) <= MOST_OUTPUT:
+        try:
+            chunk = os.read(descriptor, 1 << 16)
+        except BlockingIOError:
+            break
+        if not chunk:
+            return False
+        into += chunk
+    return True
+
+
+def _collect(process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any]:
+    """Wait for a program, at most `seconds`; what it wrote, and how it ended. Its children are not waited for."""
+    start = time.monotonic()
+    assert process.stdout is not None
+    assert process.stderr is not None
+    pipes = (process.stdout.fileno(), process.stderr.fileno())
+    kept = {pipe: bytearray() for pipe in pipes}
+    timed_out = too_much = False
+    ended = -1
+    try:
+        ended = os.pidfd_open(process.pid)
+        poller = select.poll()
+        poller.register(ended, select.POLLIN)
+        for pipe in pipes:
+            os.set_blocking(pipe, False)
+            poller.register(pipe, select.POLLIN)
+        going_on = set(pipes)
+        while not (timed_out or too_much):
+            left = start + seconds - time.monotonic()
+            ready = {descriptor for descriptor, _ in poller.poll(max(0.0, left) * 1000)}
+            for pipe in list(going_on) if ended in ready else going_on & ready:
+                if not _drain(pipe, kept[pipe]):
+                    poller.unregister(pipe)
+                    going_on.discard(pipe)
+            too_much = any(len(data) > MOST_OUTPUT for data in kept.values())
+            if ended in ready:
+                process.wait()
+                break
+            timed_out = left <= 0
+    finally:
+        if process.returncode is None:
+            _end_session(process.pid)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+        if ended >= 0:
+            os.close(ended)
+        process.stdout.close()
+        process.stderr.close()
+    code = None if timed_out else process.returncode
+    out, err = (base64.b64encode(kept[pipe][:MOST_OUTPUT]).decode() for pipe in pipes)
+    return {
+        "exit_code": code if code is not None and code >= 0 else None,
+        "signal": -code if code is not None and code < 0 else None,
+        "out": out,
+        "err": err,
+        "timed_out": timed_out,
+        "too_much": too_much,
+        "seconds": time.monotonic() - start,
+    }
+
+
+def _not_started(argv: list[str], error: OSError) -> dict[str, Any]:
+    """As a shell says it: 126 for a program that may not be run, 127 for one that is not there."""
+    code = 127 if error.errno == errno.ENOENT else 126
+    words = f"{argv[0]}: {error.strerror}".encode()
+    return {"exit_code": code, "signal": None, "out": "", "err": base64.b64encode(words).decode(), "timed_out": False,
+            "too_much": False, "seconds": 0.0}  # fmt: skip
+
+
+def run(argv: list[str], stdin: str = "", timeout: float = 60) -> dict[str, Any]:
+    """Run a program as root and wait for it."""
+    with contextlib.ExitStack() as held:
+        source: Any = subprocess.DEVNULL
+        if stdin:
+            source = held.enter_context(os.fdopen(os.memfd_create("stdin"), "w+b"))
+            source.write(base64.b64decode(stdin))
+            source.seek(0)
+        try:
+            process = subprocess.Popen(
+                argv, stdin=source, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            )
+        except OSError as error:
+            return _not_started(argv, error)
+        return _collect(process, timeout)
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """A function of libc that answers 0; numbers are unsigned long, as mount(2) and prctl(2) take them."""
+    wide = (ctypes.c_ulong(one) if isinstance(one, int) else one for one in arguments)
+    if getattr(_libc, name)(*wide) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def _set(path: str, text: str) -> None:
+    there = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(there, text.encode())
+    finally:
+        os.close(there)
+
+
+def _drop(capabilities: list[int]) -> None:
+    for number in capabilities:
+        _call("prctl", PR_CAPBSET_DROP, number, 0, 0, 0)
+
+
+def _keep_capabilities(most: int) -> None:
+    """Have no capability beyond `most`, and none that is inheritable: capset(2), version 3."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then the upper halves
+    _call("capget", header, sets)
+    for half in (0, 1):
+        effective, permitted, inheritable = range(3 * half, 3 * half + 3)
+        sets[permitted] &= most >> 32 * half & 0xFFFFFFFF
+        sets[effective], sets[inheritable] = sets[permitted], 0
+    _call("capset", header, sets)
+
+
+def _becoming(who: dict[str, Any], program: str) -> list[tuple[str, Callable[[], Any]]]:
+    """The steps from the agent's child to a process with a service's rights, `program` mounted over the service's."""
+    uid, gid, bounding = who["uid"], who["gid"], who["cap_bounding"]
+    if not (0 <= uid < 0xFFFFFFFF and 0 <= gid < 0xFFFFFFFF):  # -1 is "as it is" for setresuid(2)
+        raise Refused(f"the service cannot be acted for: uid {uid}, gid {gid}")
+    last = int(text_of("/proc/sys/kernel/cap_last_cap"))
+    dropped = [number for number in range(last + 1) if not bounding >> number & 1]
+    steps: list[tuple[str, Callable[[], Any]]] = [
+        ("the audit user id", lambda: _set("/proc/self/loginuid", str(who["auid"]))),
+        ("its place for the OOM killer", lambda: _set("/proc/self/oom_score_adj", "0")),  # the agent's own is spared
+        ("a mount namespace", lambda: _call("unshare", CLONE_NEWNS)),
+        ("private mounts", lambda: _call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)),
+        (
+            f"mounting over {who['exe']}",
+            lambda: _call("mount", program.encode(), who["exe"].encode(), None, MS_BIND, None),
+        ),
+        ("ambient capabilities", lambda: _call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)),
+        ("the bounding set", lambda: _drop(dropped)),
+        ("groups", lambda: os.setgroups(who["groups"])),
+        ("the group id", lambda: os.setresgid(gid, gid, gid)),
+        ("the user id", lambda: os.setresuid(uid, uid, uid)),
+        ("capabilities", lambda: _keep_capabilities(0 if uid else bounding)),
+    ]
+    if who["no_new_privs"]:
+        steps.append(("no_new_privs", lambda: _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)))
+    return steps
+
+
+def run_as(argv: list[str], who: dict[str, Any], timeout: float) -> dict[str, Any]:
+    """Run a command as a service: its uid, groups, capabilities, and its domain or profile by the automatic transition.
+
+    The command's program is copied, given the label of the service's program and mounted over it in a private mount
+    namespace: to the kernel it is the service's program, so what is measured is what the service may do.
+    """
+    program = shutil.which(argv[0])
+    if program is None:
+        raise Refused(f"{argv[0]}: no such program in the guest")
+    exe = who["exe"]
+    with open(program, "rb") as source, open(VEHICLE, "wb") as target:
+        shutil.copyfileobj(source, target, 1 << 20)
+    os.chmod(VEHICLE, 0o755)
+    if os.path.exists(ENFORCE):
+        os.setxattr(VEHICLE, "security.selinux", os.getxattr(exe, "security.selinux"))
+    steps = _becoming(who, VEHICLE)
+    reading, writing = os.pipe()
+
+    def become() -> None:  # a step that fails is told, and raises: nothing is executed
+        for step, do in steps:
+            try:
+                do()
+            except BaseException as error:
+                os.write(writing, f"{step}: {error}".encode())
+                raise
+
+    process, refused = None, None
+    with os.fdopen(reading, "rb") as report:
+        try:
+            process = subprocess.Popen(
+                argv, executable=exe, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                start_new_session=True, preexec_fn=become, cwd="/",  # noqa: PLW1509 - no module does this
+            )  # fmt: skip
+        except OSError as error:
+            refused = error
+        except subprocess.SubprocessError:
+            pass
+        finally:
+            os.close(writing)
+        if process is not None:
+            return _collect(process, timeout)
+        if refused is not None:
+            return _not_started(argv, refused)
+        raise Refused(f"the service cannot be acted for: {report.read().decode('utf-8', 'replace')}")
+
+
+# A visitor
+
+
+class _Deadline(socket.socket):
+    """A socket whose reads end at one moment, however many there are: a server that drips bytes is not waited for."""
+
+    moment = 0.0
+
+    def recv_into(self, *arguments: Any) -> int:
+        left = self.moment - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.settimeout(left)
+        return super().recv_into(*arguments)
+
+
+def _body(answer: http.client.HTTPResponse, body: bytearray) -> None:
+    """Read the answer's body into `body`, at most MOST_OUTPUT and a bit. Raises where it ends early."""
+    left = answer.length  # None: in chunks, or to the end
+    while left != 0 and len(body) <= MOST_OUTPUT:
+        chunk = answer.read1(1 << 16 if left is None else min(left, 1 << 16))
+        body += chunk
+        if left is not None:
+            left -= len(chunk)
+        if not chunk:
+            break
+    if left and len(body) <= MOST_OUTPUT:
+        raise http.client.HTTPException(f"the answer ended {left} bytes early")
+
+
+def visit(method: str, port: int, path: str, timeout: float, body: str | None = None) -> dict[str, Any]:
+    """A visitor's HTTP request to this machine, its path sent as it is written. Redirections are not followed."""
+    start = time.monotonic()
+    found: dict[str, Any] = {"status": None, "err": "", "timed_out": False}
+    host = "127.0.0.1" if port == 80 else f"127.0.0.1:{port}"
+    sent = b"" if body is None else body.encode()
+    length = () if body is None else (f"Content-Length: {len(sent)}",)
+    lines = (f"{method} {path} HTTP/1.1", f"Host: {host}", "User-Agent: lsmlab", "Connection: close", *length, "", "")
+    received = bytearray()
+    with contextlib.ExitStack() as held:
+        try:
+            link = held.enter_context(_Deadline(socket.AF_INET, socket.SOCK_STREAM))
+            link.moment = start + timeout
+            link.settimeout(timeout)
+            link.connect(("127.0.0.1", port))
+            link.sendall("\r\n".join(lines).encode() + sent)
+            answer = held.enter_context(contextlib.closing(http.client.HTTPResponse(link, method=method)))
+            answer.begin()
+            found["status"] = answer.status
+            _body(answer, received)
+        except (TimeoutError, socket.timeout):  # noqa: UP041 - not the same before Python 3.10
+            found["timed_out"] = True
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            found["err"] = base64.b64encode(words.encode("utf-8", "backslashreplace")).decode()
+    return {**found, "out": base64.b64encode(received[:MOST_OUTPUT]).decode(),
+            "too_much": len(received) > MOST_OUTPUT, "seconds": time.monotonic() - start}  # fmt: skip
+
+
+# Operations
+
+
+def write(path: str, data: str, mode: int | None = None, owner: str | None = None) -> None:
+    """Make a file hold `data`, in place where it exists; make its folder where there is none."""
+    os.makedirs(os.path.dirname(path) or "/", exist_ok=True)
+    with open(path, "wb", buffering=0) as file:
+        left = memoryview(base64.b64decode(data))
+        while left:
+            left = left[file.write(left) :]
+    if owner is not None:
+        user, _, group = owner.partition(":")
+        try:
+            numbers = pwd.getpwnam(user).pw_uid, grp.getgrnam(group).gr_gid
+        except KeyError as error:
+            raise Refused(f"{path}: the owner {owner}: {error.args[0]}") from None
+        os.chown(path, *numbers)
+    if mode is not None:
+        os.chmod(path, mode)
+
+
+def plant(file: str, line: str) -> bool:
+    """Append a line to a regular file that is there, links followed; it keeps its inode, mode and label."""
+    words = line.encode() + b"\n"
+    if not os.path.isfile(file):
+        return False
+    try:
+        target = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    except OSError:  # a read-only mount, an immutable file
+        return False
+    try:
+        return os.write(target, words) == len(words)
+    except OSError:
+        return False
+    finally:
+        os.close(target)
+
+
+def facts(unit: str, object: str | None) -> dict[str, Any]:  # noqa: A002 - the domain's word
+    """All that holds before an attempt, as far as the kernel tells."""
+    return {"subject": subject(unit), "object": None if object is None else look_at(object), "mode": mode()}
+
+
+def open_window(unit: str, object: str | None, word: str, seconds: float) -> dict[str, Any]:  # noqa: A002
+    """Let the service come to rest and the audit queue drain, and read the facts before the attempts to come."""
+    resting = at_rest(unit)
+    before = audit_state()
+    found = facts(unit, object)
+    # Records of what came before may still be in the queue: the window begins behind a sentinel that has come through
+    sentinel(word)
+    drained = read_log(before["size"], word, seconds, 64 << 20)[1]
+    return {**found, "resting": resting, "drained": drained, "audit": audit_state()}
+
+
+def close_window(
+    unit: str, offset: int, word: str, seconds: float, most: int, known: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Send a sentinel, read the log up to it, and the facts after it."""
+    problem = ""
+    log, seen = b"", False
+    try:
+        sentinel(word)
+        log, seen = read_log(offset, word, seconds, most)
+    except (Refused, OSError) as error:
+        problem = str(error) or repr(error)
+    return {
+        "log": log.decode("utf-8", "backslashreplace"),
+        "sentinel_seen": seen,
+        "problem": problem,
+        "subject": subject(unit, known),
+        "mode": mode(),
+        "audit": audit_state(),
+    }
+
+
+def attempt(
+    close: dict[str, Any],
+    canary: dict[str, str] | None = None,
+    effect: list[str] | None = None,
+    request: dict[str, Any] | None = None,
+    command: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One attempt from the canary to the evidence: exactly one of `request` (see `visit`) and `command` (`run_as`)."""
+    planted = plant(**canary) if canary is not None else None
+    before = run(effect) if effect else None
+    if request is not None:
+        result = visit(**request)
+    elif command is not None:
+        result = run_as(**command)
+    else:
+        raise Refused("an attempt needs a request or a command")
+    after = run(effect) if effect else None
+    return {
+        "planted": planted,
+        "effect_before": before,
+        "effect_after": after,
+        "result": result,
+        "closed": close_window(**close),
+    }
+
+
+def offer(path: str, who: dict[str, Any], timeout: float) -> None:
+    """Run commands as a service for a shell of this guest, for as long as it runs: see `run_as`.
+
+    On a Unix socket: an argument list in JSON on one line, then what `run_as` returns, or a text where it is refused.
+    """
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(path)
+    server.listen()
+
+    def answer() -> None:
+        while True:
+            with (
+                server.accept()[0] as asking,
+                asking.makefile("rwb") as stream,
+                contextlib.suppress(OSError, ValueError),
+            ):
+                argv = json.loads(stream.readline())
+                try:
+                    reply: Any = run_as(argv, who, timeout)
+                except Refused as error:
+                    reply = str(error)
+                stream.write(json.dumps(reply).encode())
+
+    threading.Thread(target=answer, daemon=True).start()
+
+
+def ping() -> None:
+    """Answer."""
+
+
+def clock(seconds: float) -> None:
+    """Set the clock, which a saved state carries along; in seconds since 1970."""
+    time.clock_settime(time.CLOCK_REALTIME, seconds)
+
+
+def scrub() -> None:
+    """Have the kernel clear the memory that is free: pages of zeros are not kept in a saved guest."""
+    free = next(int(line.split()[1]) for line in text_of("/proc/meminfo").split("\n") if line.startswith("MemFree:"))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_POPULATE
+    mmap.mmap(-1, (free << 10) * 9 // 10, flags=flags).close()
+
+
+def relabel(paths: list[str]) -> None:
+    """Give files and folders the labels that the policy has for their paths; nothing to do without SELinux."""
+    if os.path.exists(ENFORCE):
+        done = run(["restorecon", "-RF", "--", *paths])
+        if done["exit_code"] != 0:
+            raise Refused(f"restorecon: {base64.b64decode(done['err']).decode('utf-8', 'replace').strip()}")
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    f.__name__: f
+    for f in (
+        ping, offer, scrub, run, visit, write, relabel, clock, pids, audit_state, mode, open_window, close_window,
+        plant, attempt,
+    )
+}  # fmt: skip
+
+
+# The stream
+
+
+def _lines(descriptor: int) -> Iterator[bytearray]:
+    kept = bytearray()
+    while True:
+        chunk = os.read(descriptor, 1 << 20)
+        kept += chunk
+        if b"\n" in chunk:
+            *lines, kept = kept.split(b"\n")
+            yield from lines
+        if not chunk:
+            if not stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                return
+            time.sleep(0.1)  # a port whose other side is not there reads as empty
+
+
+def _reply(question: dict[str, Any]) -> bytes:
+    """The answer to one question, as a line. What was asked may fail in any way: that is an answer too."""
+    number, name = question.pop("id", None), question.pop("do", None)
+    if not isinstance(name, str) or name not in OPERATIONS:
+        return json.dumps({"id": number, "error": f"unknown operation {name!r}"}).encode()
+    try:
+        return json.dumps({"id": number, "answer": OPERATIONS[name](**question)}).encode()
+    except Refused as error:
+        words = str(error)
+    except OSError as error:
+        words = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except Exception:  # noqa: BLE001 - told to who asked, with the place
+        words = traceback.format_exc(limit=-3)
+    return json.dumps({"id": number, "error": words}).encode()
+
+
+def serve(source: int, target: int) -> None:
+    """Answer questions from one descriptor on another until the first ends, which a port never does."""
+    writing = threading.Lock()
+
+    def answer(question: dict[str, Any]) -> None:
+        # A newline first: what a restored snapshot cut short ends there
+        left = memoryview(b"\n" + _reply(question) + b"\n")
+        with writing:
+            while left:
+                left = left[os.write(target, left) :]
+
+    for line in _lines(source):
+        try:
+            question = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(question, dict):
+            continue
+        try:
+            threading.Thread(target=answer, args=(question,), daemon=True).start()
+        except RuntimeError:  # the machine has no thread left
+            answer(question)

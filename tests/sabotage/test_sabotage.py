@@ -1,0 +1,58 @@
+"""Whatever is broken, the verdict is the right one, for the right reason; and what is not broken is contained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from cases import CASES
+
+from lsmlab import discovery
+from lsmlab.bench import guest_pool, open_bench
+from lsmlab.progress import Silent
+from lsmlab.terms import Framework, Verdict
+from sabotage import Role, Sabotage, Suite
+
+pytestmark = [pytest.mark.lsmlab_vm, pytest.mark.sabotage]
+
+PAIRS = [pytest.param(case, framework, id=f"{case.id}-{framework}") for case in CASES for framework in case.frameworks]
+
+
+@pytest.fixture(scope="module")
+def suite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Suite]:
+    """The experiments of all the cases that were selected; they run side by side."""
+    chosen = [
+        tuple(item.callspec.params.values())
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.module is request.module and hasattr(item, "callspec")
+    ]
+    with open_bench(discovery.load_lab("debian-13"), Silent()) as bench, guest_pool(bench, "sabotage") as pool:
+        found = Suite(bench, pool, tmp_path_factory.mktemp("sabotage"), CASES)
+        for case, framework in chosen:
+            assert isinstance(case, Sabotage)
+            assert isinstance(framework, Framework)
+            found.begin(case, framework)
+        yield found
+
+
+@pytest.mark.parametrize(("case", "framework"), PAIRS)
+def test_a_sabotaged_experiment_says_what_is_right(suite: Suite, case: Sabotage, framework: Framework) -> None:
+    twin = suite.twin(case, framework)
+    unsabotaged = suite.outcome(case, framework, twin)
+    assert unsabotaged.verdict is Verdict.CONTAINED, f"the unsabotaged twin: {unsabotaged.reason}"
+    arm = case.role.arm(framework)
+    assert not case.took_effect(twin[arm]), f"the proof sees a sabotage where there is none: {twin[arm].said}"
+    trace = suite.sabotaged(case, framework)
+    found = suite.outcome(case, framework, {**twin, arm: trace})
+    words = f"{found.verdict}: {found.reason}"
+    assert case.took_effect(trace), f"no sabotage: {trace.said}; {words}"
+    assert found.verdict is case.verdict, f"wrong verdict: {words}"
+    assert re.search(case.reason, found.reason), f"wrong reason: {words}"
+
+
+def test_there_are_cases_enough() -> None:
+    assert len(CASES) >= 40
+    assert len({case.id for case in CASES}) == len(CASES)
+    assert {case.role for case in CASES} == set(Role)
+    assert {case.verdict for case in CASES} == set(Verdict)

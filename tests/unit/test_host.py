@@ -1,0 +1,88 @@
+"""The user that guests run as where root starts them."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lsmlab import doctor, host
+from lsmlab.machine.qemu import QEMU
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> Iterator[None]:
+    host._suffice.cache_clear()
+    yield
+    host._suffice.cache_clear()
+
+
+def test_an_ordinary_users_programs_run_as_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert host.no_rights("/usr/bin/env") == []
+    assert host.dying_with_us(["true"])[1] == "--pdeathsig"
+
+
+def test_no_account_has_such_an_id() -> None:
+    accounts = {entry.pw_uid for entry in pwd.getpwall()}
+    assert accounts
+    assert not accounts & set(host.PASSING_UIDS)
+
+
+@as_root
+def test_roots_program_runs_as_a_user_of_its_own() -> None:
+    argv = [host.need("sh"), "-c", "id -u; id -G; grep -E '^(CapPrm|CapEff|NoNewPrivs)' /proc/self/status"]
+    said = []
+    for _ in range(8):
+        rights = host.no_rights(argv[0])
+        done = subprocess.run(host.dying_with_us(argv, rights=rights), capture_output=True, text=True, check=True)
+        said.append(done.stdout.split())
+    users = {words[0] for words in said}
+    assert {int(user) for user in users} <= set(host.PASSING_UIDS)
+    assert len(users) > 1, "guests at the same time are kept apart"
+    assert all(words[1:] == [words[0], "CapPrm:", "0" * 16, "CapEff:", "0" * 16, "NoNewPrivs:", "1"] for words in said)
+
+
+@as_root
+def test_a_root_that_cannot_be_another_user_runs_programs_as_it_is(tmp_path: Path) -> None:
+    program = tmp_path / "qemu"
+    program.write_text("#!/bin/sh")
+    program.chmod(0o700)
+    assert host.no_rights(str(program)) == []
+
+
+@as_root
+def test_a_device_is_opened_by_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.chmod(0o755)
+    for folder in tmp_path.parents[:2]:
+        folder.chmod(0o711)  # pytest's own folders are closed to others
+    device = tmp_path / "kvm"
+    device.touch()
+    os.chown(device, 0, 4321)
+    device.chmod(0o660)
+    assert host.no_rights("/usr/bin/env", device)[-2:] == ["--groups", "4321"]
+    host._suffice.cache_clear()
+    device.chmod(0o600)
+    assert host.no_rights("/usr/bin/env", device) == [], "KVM before a user of its own"
+    device.chmod(0o666)
+    os.chown(device, 0, 0)
+    assert host.no_rights("/usr/bin/env", device)[-1:] == ["--clear-groups"], "the group root is no such group"
+
+
+@as_root
+def test_doctor_tells_where_guests_stay_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, device = tmp_path / "qemu", tmp_path / "kvm"
+    device.touch(0o600)
+    monkeypatch.setattr(host, "need", lambda name: str(program) if name == QEMU else f"/usr/bin/{name}")
+    program.symlink_to("/usr/bin/env")
+    for folder in [tmp_path, *tmp_path.parents[:2]]:
+        folder.chmod(0o711)
+    assert doctor._user_of_guests(None).ok
+    denied = doctor._user_of_guests(device)
+    assert not denied.ok and denied.found.startswith("root") and "ordinary user" in denied.advice
