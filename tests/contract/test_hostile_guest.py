@@ -15,11 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from descriptors import descriptors
 from lsmlab import attempt, facts, portal
 from lsmlab.channel import agent
 from lsmlab.channel.agent import AgentChannel, agent_source, command_result
@@ -72,10 +72,6 @@ class Peer:
 
 async def tasks() -> list[str]:
     return [repr(task) for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-
-
-def descriptors() -> set[str]:
-    return {entry.name for entry in Path("/proc/self/fd").iterdir()}
 
 
 OverPeer = Callable[[Answering], tuple[AgentChannel, Peer]]

@@ -27,6 +27,7 @@ from typing import Any
 
 import pytest
 
+from descriptors import descriptors
 from lsmlab.guest import agent
 
 SOURCE = Path(agent.__file__)
@@ -46,10 +47,6 @@ def text(done: dict[str, Any], key: str = "out") -> str:
 
 def sh(script: str, *arguments: str, timeout: float = 60) -> dict[str, Any]:
     return agent.run(["sh", "-c", script, "sh", *arguments], timeout=timeout)
-
-
-def descriptors() -> set[str]:
-    return {entry.name for entry in Path("/proc/self/fd").iterdir()}
 
 
 def children() -> list[str]:
@@ -1108,8 +1105,8 @@ class Server:
                 link, _ = self._listener.accept()
                 with link, contextlib.suppress(OSError):
                     head = b""
-                    while b"\r\n\r\n" not in head:
-                        head += link.recv(1 << 16)
+                    while b"\r\n\r\n" not in head and (part := link.recv(1 << 16)):
+                        head += part
                     self.requests.append(head)
                     self._answering(link, head)
 

@@ -1,13 +1,20 @@
-"""Guests of this process, where the program is asked to stop: one that is on its way then is not forgotten."""
+"""A guest's process and our connections to it, where one of them ends before the other."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import socket
+import subprocess
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lsmlab import host
+from lsmlab.channel.agent import AgentChannel
 from lsmlab.errors import MachineError
 from lsmlab.machine import qemu
 from lsmlab.machine.qemu import Boot, Hardware, QemuMachine
@@ -47,3 +54,30 @@ def test_a_guest_that_starts_while_all_are_stopped_is_stopped(monkeypatch: pytes
     with pytest.raises(MachineError, match="QEMU ended"):
         QemuMachine.start("g", Hardware("tcg", 512, "x"), tmp_path / "disk", boot=boot, scratch=tmp_path)
     assert stopped == ["killed", "collected"]
+
+
+@pytest.mark.parametrize("closed", ["the agent's", "the monitor's"])
+def test_a_guest_whose_connection_closed_does_not_run_though_its_process_is_not_seen_to_end_yet(closed: str) -> None:
+    with contextlib.ExitStack() as held:
+        (ours, its), (agent, its_agent) = (map(held.enter_context, socket.socketpair()) for _ in range(2))
+        process = subprocess.Popen(["sleep", "61"], stderr=subprocess.PIPE)
+        channel = AgentChannel(agent, "killed")
+        machine = QemuMachine("killed", process, ours, channel)
+        held.callback(machine.stop)
+        threading.Thread(target=greet, args=(its,), daemon=True).start()
+        machine._attach()
+        running = [machine.running]
+        (its_agent if closed == "the agent's" else its).shutdown(socket.SHUT_RDWR)
+        while running[-1] and len(running) < 2000:
+            time.sleep(0.01)
+            running.append(machine.running)
+        assert (running[0], running[-1], process.poll()) == (True, False, None)
+
+
+def greet(monitor: socket.socket) -> None:
+    """QEMU's part of the monitor's first words."""
+    version = {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""}
+    with contextlib.suppress(OSError):
+        monitor.sendall(json.dumps({"QMP": {"version": version, "capabilities": []}}).encode() + b"\r\n")
+        while asked := monitor.recv(1 << 16):
+            monitor.sendall(json.dumps({"return": {}, "id": json.loads(asked).get("id")}).encode() + b"\r\n")

@@ -89,6 +89,11 @@ class AgentChannel:
         self._numbers = itertools.count(secrets.randbits(48))
         self._fault = "not connected"
 
+    @property
+    def fault(self) -> str:
+        """Why nothing can be asked, for good once it was connected; empty while all is well."""
+        return self._fault
+
     def connect(self) -> None:
         """Attach to the socket; says nothing of the guest yet."""
         portal.call(self._connect(), ANSWER_SECONDS)

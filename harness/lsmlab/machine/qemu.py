@@ -244,16 +244,18 @@ class QemuMachine:
 
     @property
     def running(self) -> bool:
-        """False when QEMU has ended."""
-        return self._process.poll() is None
+        """False once nothing more can be asked of the guest: QEMU has ended, or one of the connections to it is closed,
+        which is seen a moment sooner where it is killed."""
+        connected = self._client.runstate is Runstate.RUNNING and not self._agent.fault
+        return connected and self._process.poll() is None
 
     def monitor(self, command: str, **arguments: Any) -> Any:
         """One QMP command. Raises MachineError."""
         try:
             return portal.call(self._client.execute(command, arguments or None), QMP_SECONDS)
         except (QMPError, OSError, EOFError, TimeoutError, asyncio.CancelledError) as error:
-            if not self.running:
-                raise MachineError(f"guest {self.name}: QEMU ended: {self._last_words() or 'killed'}") from error
+            if not self.running and (words := self._last_words()):
+                raise MachineError(f"guest {self.name}: QEMU ended: {words}") from error
             raise MachineError(f"guest {self.name}: {command}: {str(error) or type(error).__name__}") from error
 
     def _human(self, line: str) -> None:
