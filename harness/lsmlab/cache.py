@@ -98,12 +98,13 @@ def scratch(purpose: str) -> Iterator[Path]:
 @contextlib.contextmanager
 def making(purpose: str, what: str) -> Iterator[Path]:
     """A scratch folder to make an entry in. Raises HostError where the disk is full while `what` is done."""
-    with _full_disk_is_said(what), scratch(purpose) as folder, _full_disk_is_said(what):  # free space is told inside
+    with full_disk_is_said(what), scratch(purpose) as folder, full_disk_is_said(what):  # free space is told inside
         yield folder
 
 
 @contextlib.contextmanager
-def _full_disk_is_said(what: str) -> Iterator[None]:
+def full_disk_is_said(what: str) -> Iterator[None]:
+    """Raise HostError that says what to do where the block fails for want of space, `what` being in the past tense."""
     try:
         yield
     except (OSError, LsmlabError) as error:

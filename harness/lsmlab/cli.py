@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -36,7 +37,7 @@ from lsmlab import falsify as falsification
 from lsmlab.bench import open_bench
 from lsmlab.channel.base import CommandResult
 from lsmlab.errors import DefinitionError, LsmlabError
-from lsmlab.image import build
+from lsmlab.image import archive, build
 from lsmlab.lab import Lab
 from lsmlab.machine import qemu
 from lsmlab.outcome import Outcome, Report
@@ -68,7 +69,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-images_app = typer.Typer(help="Built images and saved guests: list, build, prune.", rich_markup_mode="markdown")
+images_app = typer.Typer(
+    help="Built images and saved guests: list, build, export, import, prune.", rich_markup_mode="markdown"
+)
 app.add_typer(images_app, name="images")
 new_app = typer.Typer(help="Make something new to work on.", rich_markup_mode="markdown", no_args_is_help=True)
 app.add_typer(new_app, name="new")
@@ -144,10 +147,13 @@ def _console() -> Console:
 
 def _json_target(target: Path | None) -> None:
     """See before the run that the file can be written: a run's results are not lost to a typing error."""
-    if target is None or str(target) == "-":
-        return
+    if target is not None and str(target) != "-":
+        _need_writable(target, f"--json {target}")
+
+
+def _need_writable(target: Path, what: str) -> None:
     if not target.parent.is_dir() or target.is_dir() or not os.access(target.parent, os.W_OK):
-        raise DefinitionError(f"--json {target}: cannot be written there", hint="Name a file in a folder that exists.")
+        raise DefinitionError(f"{what}: cannot be written there", hint="Name a file in a folder that exists.")
 
 
 def _write_json(content: str, target: Path | None) -> None:
@@ -719,6 +725,56 @@ def images_build(
         limit.keep()
     for image in built:
         print(f"{image.lab}  {image.digest[:16]}  {image.folder}")
+
+
+@images_app.command("export")
+def images_export(
+    lab: Annotated[str, typer.Argument(metavar="LAB", autocompletion=_lab_names)],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="By default LAB.image.tar.gz in the current folder.")
+    ] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a lab's image to one file, for machines that cannot build it; it is built first where there is none.
+
+    Prints the file's SHA-256 as sha256sum does. Example:
+
+        lsmlab images export debian-13 debian-13.image.tar.gz
+    """
+    machine = discovery.load_lab(lab)
+    target = file or archive.default_name(machine)
+    _need_writable(target, str(target))
+    with _progress(quiet) as progress:
+        written = archive.write(machine, target, progress)
+    print(f"{written.sha256}  {written.path}")
+
+
+@images_app.command("import")
+def images_import(
+    source: Annotated[str, typer.Argument(metavar="FILE|URL", help="What `lsmlab images export` wrote.")],
+    sha256: Annotated[str, typer.Option("--sha256", metavar="HEX", help="Refuse a file with another digest.")] = "",
+    quiet: QuietOption = False,
+) -> None:
+    """Take a lab's image from a file, here or behind an http(s) address; a broken download goes on where it stopped.
+
+    What is in an image runs in guests, and on this machine where policies are compiled: take it from somebody you
+    trust, with the digest that `export` printed. Examples:
+
+        lsmlab images import debian-13.image.tar.gz
+
+        lsmlab images import https://example.org/debian-13.image.tar.gz --sha256 9f2b...
+    """
+    if sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise DefinitionError(
+            f"--sha256 {sha256}: expected 64 hexadecimal digits", hint="`sha256sum FILE` prints them."
+        )
+    with _progress(quiet) as progress:
+        limit = inventory.Limit(progress)
+        cache.sweep()
+        found = archive.read(source, progress, sha256=sha256)
+        limit.keep()
+    print(f"{found.image.lab}  {found.image.digest[:16]}  {found.image.folder}")
+    _say(f"{'it was here already' if found.there else 'imported'}: `lsmlab run --lab {found.image.lab}` takes it")
 
 
 @images_app.command("prune")

@@ -15,21 +15,24 @@ from lsmlab.lab import Lab
 from lsmlab.machine import accel
 from lsmlab.machine.qemu import QEMU
 
-PROGRAMS = (
+TO_RUN = (
     ("qemu-system-x86_64", "--version", "runs the guests"),
     ("qemu-img", "--version", "makes their disks"),
+    ("setpriv", "--version", "lets guests die with lsmlab"),
+)
+TO_BUILD = (
     ("mmdebstrap", "--version", "builds images from packages"),
     ("mke2fs", "-V", "makes the image's file system"),
     ("debugfs", "-V", "writes SELinux labels into it"),
     ("gpg", "--version", "checks the archive's signatures"),
     ("unshare", "--version", "gives builds namespaces of their own"),
-    ("setpriv", "--version", "lets guests die with lsmlab"),
 )
+"""What a machine lacks of these matters where there is no image yet; see `image.archive` for one from elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at. `needed`: without it nothing runs."""
+    """One thing looked at. `needed`: without it nothing runs here, as things stand."""
 
     what: str
     ok: bool
@@ -40,10 +43,12 @@ class Finding:
 
 def examine(lab: Lab) -> list[Finding]:
     """Every finding for running `lab` here, in the order a run needs them. Never raises LsmlabError."""
-    findings = [_program(*entry) for entry in PROGRAMS]
+    builds = build.find(lab) is None
+    findings = [_program(*entry) for entry in TO_RUN]
+    findings += [_program(*entry, needed=builds) for entry in TO_BUILD]
     if os.geteuid() != 0:
-        findings.append(_program("newuidmap", "", "builds images without root"))
-        findings.append(_user_namespaces())
+        findings.append(_program("newuidmap", "", "builds images without root", needed=builds))
+        findings.append(_user_namespaces(needed=builds))
     findings += [_folder("cache", paths.cache()), _folder("outcomes", paths.state()), _space(), _memory(lab)]
     kvm = _kvm(lab)
     findings += [_image(lab), kvm, _packages(lab)]
@@ -52,15 +57,15 @@ def examine(lab: Lab) -> list[Finding]:
     return findings
 
 
-def _program(name: str, flag: str, purpose: str) -> Finding:
+def _program(name: str, flag: str, purpose: str, *, needed: bool = True) -> Finding:
     found = host.find(name)
     if found is None:
         package = host.PACKAGES.get(name, name)
-        return Finding(name, ok=False, needed=True, found=f"missing: {purpose}", advice=f"apt-get install {package}")
-    return Finding(name, ok=True, needed=True, found=host.version(name, flag) if flag else found)
+        return Finding(name, ok=False, needed=needed, found=f"missing: {purpose}", advice=f"apt-get install {package}")
+    return Finding(name, ok=True, needed=needed, found=host.version(name, flag) if flag else found)
 
 
-def _user_namespaces() -> Finding:
+def _user_namespaces(*, needed: bool) -> Finding:
     ok = False
     found = "an ordinary user may make them, with the subordinate ids of /etc/subuid"
     try:
@@ -73,7 +78,7 @@ def _user_namespaces() -> Finding:
         if ok
         else "See that /etc/subuid and /etc/subgid have a line for you, and unprivileged user namespaces are on."
     )
-    return Finding("user namespaces", ok=ok, needed=True, found=found, advice=advice)
+    return Finding("user namespaces", ok=ok, needed=needed, found=found, advice=advice)
 
 
 def _user_of_guests(device: Path | None) -> Finding:
@@ -111,7 +116,10 @@ def _memory(lab: Lab) -> Finding:
 def _image(lab: Lab) -> Finding:
     image = build.find(lab)
     if image is None:
-        advice = f"`lsmlab images build {lab.id}`, or any run: it takes a minute or two and the network."
+        advice = (
+            f"`lsmlab images build {lab.id}`, or any run: it takes a minute or two and the network. "
+            "`lsmlab images import` takes one that was built elsewhere."
+        )
         return Finding(f"image {lab.id}", ok=False, needed=False, found="not built yet", advice=advice)
     return Finding(
         f"image {lab.id}", ok=True, needed=False, found=f"built {image.built}, kernel {image.kernel_release}"

@@ -36,6 +36,10 @@ class ImageError(LsmlabError):
     """A lab's disk could not be built, or the cached one is damaged."""
 
 
+class DownloadError(LsmlabError):
+    """A file could not be fetched from elsewhere."""
+
+
 class PolicyError(LsmlabError):
     """A policy module or profile does not compile or load; carries the compiler's own words."""
 

@@ -20,8 +20,8 @@ from lsmlab.machine import states
 from lsmlab.machine.qemu import CPU, QEMU, Hardware
 from lsmlab.progress import Progress
 
-IMAGE, STATE, POLICY = "image", "saved guest", "policy"
-KINDS = {"images": IMAGE, "states": STATE, "policies": POLICY}
+IMAGE, STATE, POLICY, DOWNLOAD = "image", "saved guest", "policy", "download"
+KINDS = {"images": IMAGE, "states": STATE, "policies": POLICY, "downloads": DOWNLOAD}
 LIMIT_VARIABLE = "LSMLAB_CACHE_LIMIT"
 LIMIT_GIB = "20"
 NAMED = 3
@@ -35,6 +35,8 @@ class Status(StrEnum):
     STALE = "stale"
     """No run would use it."""
     DAMAGED = "damaged"
+    UNFINISHED = "unfinished"
+    """A download: the same command goes on where it stopped."""
     UNKNOWN_LAB = "unknown lab"
     """Of a lab that is not known in the current folder: a run elsewhere may use it."""
 
@@ -150,7 +152,7 @@ def _entry(kind: str, folder: Path, wanted: _Wanted, elsewhere: set[str]) -> Ent
         size=cache.size(folder),
         made=made_at,
         used=used_at,
-        status=Status.DAMAGED if manifest is None else _status(kind, folder, manifest, wanted, elsewhere),
+        status=_status(kind, folder, manifest, wanted, elsewhere),
         in_use=cache.in_use(folder),
         image=_image(kind, manifest or {}),
     )
@@ -161,7 +163,11 @@ def _image(kind: str, manifest: dict[str, Any]) -> str:
     return str((disk.get("sha256", "") if isinstance(disk, dict) else "") or manifest.get("image", ""))
 
 
-def _status(kind: str, folder: Path, manifest: dict[str, Any], wanted: _Wanted, elsewhere: set[str]) -> Status:
+def _status(kind: str, folder: Path, manifest: dict[str, Any] | None, wanted: _Wanted, elsewhere: set[str]) -> Status:
+    if kind == DOWNLOAD:
+        return Status.UNFINISHED
+    if manifest is None:
+        return Status.DAMAGED
     if kind == IMAGE:
         damaged, current = build.damage(folder, manifest, full=False), folder.name in wanted.images
         unknown = manifest.get("lab") not in wanted.labs

@@ -26,6 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         # files, folders and programs of the host
         "definition paths host",
         "cache",
+        "download",
         # what people write
         "lab",
         "scenario",
@@ -39,6 +40,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "channel.agent",
         "image image.policy image.probe",
         "image.build",
+        "image.archive",
         "machine machine.base machine.qemu",
         "machine.accel machine.states",
         "framework.base",

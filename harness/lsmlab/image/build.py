@@ -83,6 +83,11 @@ def folder_of(lab: Lab, build_id: str) -> Path:
     return paths.cache() / "images" / f"{lab.id}-{recipe_digest(lab)[:16]}-{build_id}"
 
 
+def lock_of(lab: Lab) -> Path:
+    """The lock that whoever makes the lab's image holds."""
+    return paths.cache() / "locks" / f"image-{recipe_digest(lab)[:16]}"
+
+
 def find(lab: Lab, *, full_check: bool = False) -> Image | None:
     """The lab's cached image; None where there is none, or a damaged one. `full_check` reads every byte."""
     for folder in cache.builds(folder_of(lab, "*")):
@@ -120,10 +125,7 @@ def ensure(lab: Lab, progress: Progress, *, rebuild: bool = False, uses: context
     progress.step(task, "looking for the image")
     with (
         contextlib.ExitStack() as held,
-        cache.lock(
-            paths.cache() / "locks" / f"image-{recipe_digest(lab)[:16]}",
-            waiting=lambda: progress.step(task, "another run is building this image; waiting"),
-        ),
+        cache.lock(lock_of(lab), waiting=lambda: progress.step(task, "another run is building this image; waiting")),
     ):
         image = None if rebuild else _cached(lab, task, progress, held)
         if image is None:
@@ -152,11 +154,7 @@ def _cached(lab: Lab, task: str, progress: Progress, uses: contextlib.ExitStack)
 
 
 def _build(lab: Lab, folder: Path, task: str, progress: Progress) -> Image:
-    for program in ("mmdebstrap", "mke2fs", "debugfs", "qemu-img", "unshare", "setpriv"):
-        host.need(program)
-    if os.geteuid() != 0:
-        host.need("newuidmap")
-    host.need_namespaces()
+    _see_what_a_build_needs(lab)
     with cache.making(f"image-{lab.id}", f"the image of {lab.id} was built") as work:
         cache.need_mib(NEEDED_MIB, "building an image")
         progress.step(task, f"installing {lab.title}'s packages")
@@ -182,6 +180,21 @@ def _build(lab: Lab, folder: Path, task: str, progress: Progress) -> Image:
         raise ImageError(f"{folder}: the image vanished while it was put in place")
     progress.note(f"Built the image of {lab.id} ({cache.size(folder) >> 20} MiB in {folder}).")
     return _image(lab, folder, manifest)
+
+
+def _see_what_a_build_needs(lab: Lab) -> None:
+    """Raises HostError that says what to do, here or elsewhere."""
+    try:
+        for program in ("mmdebstrap", "mke2fs", "debugfs", "qemu-img", "unshare", "setpriv"):
+            host.need(program)
+        if os.geteuid() != 0:
+            host.need("newuidmap")
+        host.need_namespaces()
+    except HostError as error:
+        elsewhere = (
+            f"Or take an image built elsewhere: `lsmlab images export {lab.id}` there, `lsmlab images import` here."
+        )
+        raise HostError(error.message, hint=f"{error.hint}\n  {elsewhere}") from error
 
 
 def _host_step(argv: list[str], what: str) -> None:

@@ -1,0 +1,259 @@
+"""A finished image as one file: made on one machine, taken into another's cache, where nothing can be built.
+
+A tar file, compressed with gzip: the image's manifest, and then the files that it names, with their digests. An archive
+may come from anywhere. So members are written by the manifest's names alone, as plain files of the sizes that it says,
+and a disk whose header names other files is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import secrets
+import struct
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from lsmlab import cache, discovery, download
+from lsmlab.errors import DefinitionError, HostError, ImageError
+from lsmlab.image import build
+from lsmlab.image.build import Image
+from lsmlab.lab import Lab
+from lsmlab.progress import Progress
+
+LEVEL = 4
+"""gzip's: a little larger than its usual 6, and twice as fast."""
+MOST_MANIFEST = 1 << 20
+QCOW2_MAGIC = b"QFI\xfb"
+EXTERNAL_DATA_FILE = 1 << 2
+AGAIN = "Export it again, or fetch it again."
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """An archive that was written. `sha256` of the whole file, hexadecimal."""
+
+    image: Image
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """An image that came from an archive; `there`: the cache had it already."""
+
+    image: Image
+    there: bool
+
+
+# Out
+
+
+def write(lab: Lab, target: Path, progress: Progress) -> Archive:
+    """Write the lab's image, built where there is none, to the file `target`: in one step, or not at all.
+
+    Raises HostError where it cannot be written, and what `build.ensure` raises.
+    """
+    with contextlib.ExitStack() as uses:
+        image = build.ensure(lab, progress, uses=uses)
+        draft = target.with_name(f".{target.name}.{os.getpid()}")
+        task = f"image {lab.id}"
+        try:
+            with draft.open("wb") as raw:
+                hashed = _Hashed(raw)
+                _write_members(image.folder, hashed, progress, task)
+                raw.flush()
+                os.fsync(raw.fileno())
+            draft.replace(target)
+        except OSError as error:
+            raise HostError(f"{target}: cannot be written: {error.strerror or error}") from error
+        finally:
+            draft.unlink(missing_ok=True)
+        progress.done(task)
+    return Archive(image, target, hashed.digest.hexdigest())
+
+
+class _Hashed:
+    """A file to write to that keeps the digest of what was written."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self._raw.write(data)
+
+    def tell(self) -> int:
+        return self._raw.tell()
+
+    def flush(self) -> None:
+        self._raw.flush()
+
+
+def _write_members(folder: Path, to: Any, progress: Progress, task: str) -> None:
+    total = sum((folder / name).stat().st_size for name in build.FILES)
+    done = 0
+    with tarfile.open(fileobj=to, mode="w:gz", compresslevel=LEVEL, format=tarfile.PAX_FORMAT) as archive:
+        for name in (cache.MANIFEST, *build.FILES):
+            progress.step(task, f"writing {name}: {done * 100 // total} % done")
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = (folder / name).stat().st_size, 0o644
+            with (folder / name).open("rb") as content:
+                archive.addfile(member, content)
+            done += member.size if name != cache.MANIFEST else 0
+
+
+# In
+
+
+def read(source: str, progress: Progress, *, sha256: str = "") -> Imported:
+    """Take an image from an archive, a file or an http(s) address, into the cache. `sha256`: the file's, if known.
+
+    Raises HostError, DownloadError; ImageError where the archive is damaged, is none, or fits no lab here.
+    """
+    task = "import"
+    with contextlib.ExitStack() as held:
+        if download.is_address(source):
+            path = held.enter_context(download.fetched(source, progress, task))
+        else:
+            path = Path(source)
+        try:
+            if sha256:
+                progress.step(task, "computing the digest")
+                _see_digest(source, path, sha256)
+            imported = _read(source, path, progress, task)
+        except FileNotFoundError:
+            raise HostError(f"{source}: there is no such file") from None
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            raise ImageError(f"{source}: is no whole archive of an image: {error}", hint=AGAIN) from error
+        except OSError as error:
+            raise HostError(f"{source}: {error.strerror or error}") from error
+    progress.done(task)
+    return imported
+
+
+def _see_digest(source: str, path: Path, sha256: str) -> None:
+    found = cache.file_digest(path)
+    if found != sha256.lower():
+        raise ImageError(f"{source}: its SHA-256 is {found}, expected {sha256.lower()}", hint=AGAIN)
+
+
+def _read(source: str, path: Path, progress: Progress, task: str) -> Imported:
+    with contextlib.ExitStack() as held:
+        archive = held.enter_context(tarfile.open(path, "r|*"))
+        manifest = _manifest(source, archive.next(), archive)
+        lab = _lab(source, manifest)
+        sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+        with cache.lock(build.lock_of(lab), waiting=lambda: progress.step(task, "another run has this image; waiting")):
+            there = build.find(lab, full_check=True)
+            if there is not None and there.digest == manifest["files"]["disk.qcow2"]["sha256"]:
+                return Imported(there, there=True)
+            work = held.enter_context(cache.making("import", f"{source} was unpacked"))
+            cache.need_mib(sum(sizes.values()) >> 20, "the image")
+            for name, size, content in _members(source, archive, sizes):
+                progress.step(task, f"unpacking {name} ({size >> 20} MiB)")
+                _unpack(source, content, work / name, manifest["files"][name]["sha256"])
+            see_plain_disk(work / "disk.qcow2", lab.image.disk_mib << 20)
+            about = {key: value for key, value in manifest.items() if key != "files"}
+            about["imported"] = {
+                "from": source,
+                "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            }
+            folder = build.folder_of(lab, secrets.token_hex(3))
+            cache.publish(work, folder, build.FILES, about)
+    image = build.find(lab)
+    if image is None or image.folder != folder:
+        raise ImageError(f"{folder}: the image vanished while it was put in place")
+    return Imported(image, there=False)
+
+
+def _manifest(source: str, member: tarfile.TarInfo | None, archive: tarfile.TarFile) -> dict[str, Any]:
+    """The archive's first member. Raises ImageError where it is no image's manifest."""
+    if member is None or member.name != cache.MANIFEST or not member.isreg() or member.size > MOST_MANIFEST:
+        raise ImageError(f"{source}: is no archive of an image: it does not begin with {cache.MANIFEST}")
+    content = archive.extractfile(member)
+    try:
+        found = json.loads(content.read() if content else b"")
+        files = found["files"]
+        plain = all(
+            type(entry["bytes"]) is int and entry["bytes"] >= 0 and len(bytes.fromhex(entry["sha256"])) == 32
+            for entry in files.values()
+        )
+        texts = all(type(found[key]) is str for key in ("lab", "recipe", "built", "kernel_release"))
+        names = all(type(name) is str for name in found["asked"])
+        versions = all(type(part) is str for pair in found["packages"].items() for part in pair)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ImageError(f"{source}: its manifest is none of an image: {error!r:.200}") from error
+    if not (plain and texts and names and versions) or set(files) != set(build.FILES):
+        raise ImageError(f"{source}: its manifest is none of an image")
+    return dict(found)
+
+
+def _lab(source: str, manifest: dict[str, Any]) -> Lab:
+    """The lab that the image is of, as it is known here. Raises ImageError where its images are made otherwise here."""
+    try:
+        lab = discovery.load_lab(manifest["lab"]).with_packages(manifest["asked"])
+    except DefinitionError as error:
+        raise ImageError(
+            f"{source}: an image of a lab that is not known here: {error.message}", hint=error.hint
+        ) from None
+    if build.recipe_digest(lab) != manifest["recipe"]:
+        raise ImageError(
+            f"{source}: an image of {lab.id} as another version of lsmlab, or of the lab's file, makes it",
+            hint="Export it with the version and the lab's file that are used here.",
+        )
+    return lab
+
+
+def _members(source: str, archive: tarfile.TarFile, sizes: dict[str, int]) -> Iterator[tuple[str, int, IO[bytes]]]:
+    """The files that the manifest names, each once and as large as it says. Raises ImageError at any other member."""
+    left = dict(sizes)
+    while (member := archive.next()) is not None:
+        size = left.pop(member.name, None)
+        content = archive.extractfile(member) if member.isreg() and member.size == size else None
+        if size is None or content is None:
+            raise ImageError(f"{source}: {member.name!r:.100} is not what the manifest says", hint=AGAIN)
+        yield member.name, size, content
+    if left:
+        raise ImageError(f"{source}: {min(left)} is missing", hint=AGAIN)
+
+
+def _unpack(source: str, content: IO[bytes], target: Path, sha256: str) -> None:
+    digest = hashlib.sha256()
+    with target.open("xb") as handle:
+        while piece := content.read(cache.CHUNK):
+            digest.update(piece)
+            handle.write(piece)
+    target.chmod(0o644)
+    if digest.hexdigest() != sha256:
+        raise ImageError(f"{source}: {target.name} is damaged: its digest is not the one in the manifest", hint=AGAIN)
+
+
+def see_plain_disk(path: Path, size: int) -> None:
+    """See that a disk is qcow2 of `size` bytes and a file of its own: QEMU would open others that its header names.
+
+    Raises ImageError. Source of the layout: https://www.qemu.org/docs/master/interop/qcow2.html
+    """
+    with path.open("rb") as handle:
+        head = handle.read(80)
+    if len(head) < 80 or head[:4] != QCOW2_MAGIC:
+        raise ImageError(f"{path.name}: is no disk in the format qcow2")
+    version, backing, _, _, virtual = struct.unpack(">IQIIQ", head[4:32])
+    features = struct.unpack(">Q", head[72:80])[0] if version >= 3 else 0
+    if backing or features & EXTERNAL_DATA_FILE:
+        raise ImageError(f"{path.name}: its header names another file, which an image of ours never does")
+    if virtual != size:
+        raise ImageError(f"{path.name}: is a disk of {virtual} bytes, expected {size}")
+
+
+def default_name(lab: Lab) -> Path:
+    """What an archive of the lab's image is called where no name is given."""
+    return Path(f"{lab.id}.image.tar.gz")
