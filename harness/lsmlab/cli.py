@@ -26,6 +26,7 @@ from lsmlab import (
     discovery,
     doctor,
     inventory,
+    paths,
     run,
     schema,
     selection,
@@ -473,8 +474,13 @@ def catalogue_command(
 
 @app.command("labs")
 def labs_command(json_file: JsonOption = None) -> None:
-    """List the labs: kinds of machine, their frameworks, and whether their image is built."""
+    """List the labs: kinds of machine, their frameworks, whether this machine can run them, and whether it has.
+
+    "seen" is when an outcome in the store was last as expected.
+    """
     _json_target(json_file)
+    store = Store(paths.state() / "outcomes.sqlite")
+    proven = store.proven() if store.path.exists() else {}
     rows: list[dict[str, Any]] = []
     for name in discovery.labs().ids:
         machine = discovery.load_lab(name)
@@ -484,13 +490,20 @@ def labs_command(json_file: JsonOption = None) -> None:
                 "id": machine.id, "title": machine.title, "frameworks": [f.value for f in machine.frameworks],
                 "services": sorted(machine.services), "memory_mib": machine.memory_mib,
                 "image": f"built {image.built[:10]}" if image else "not built",
+                "lacks": doctor.lacking(machine), "seen": proven.get(machine.id),
             }
         )  # fmt: skip
     if json_file is not None:
         _write_json(json.dumps({"schema": 1, "labs": rows}, indent=1) + "\n", json_file)
         return
-    table = [(r["id"], r["title"], ", ".join(r["frameworks"]), ", ".join(r["services"]), r["image"]) for r in rows]
-    print(tables.plain(("lab", "machine", "frameworks", "services", "image"), table))
+    table = [
+        (
+            r["id"], r["title"], ", ".join(r["frameworks"]), f"{r['memory_mib']} MiB", r["image"],
+            f"lacks {', '.join(r['lacks'])}" if r["lacks"] else "ready", r["seen"][:10] if r["seen"] else "never",
+        )
+        for r in rows
+    ]  # fmt: skip
+    print(tables.plain(("lab", "machine", "frameworks", "memory", "image", "here", "seen"), table))
 
 
 @app.command("show")

@@ -57,6 +57,19 @@ def examine(lab: Lab) -> list[Finding]:
     return findings
 
 
+def lacking(lab: Lab) -> list[str]:
+    """What this machine lacks to run `lab`, in few words each; empty where it can. Starts no program."""
+    programs = [*TO_RUN, *(() if build.find(lab) else TO_BUILD)]
+    found = [name for name, _, _ in programs if host.find(name) is None]
+    if os.geteuid() != 0 and not build.find(lab) and host.find("newuidmap") is None:
+        found.append("newuidmap")
+    try:
+        guest_budget(lab.memory_mib)
+    except LsmlabError:
+        found.append("memory")
+    return found
+
+
 def _program(name: str, flag: str, purpose: str, *, needed: bool = True) -> Finding:
     found = host.find(name)
     if found is None:

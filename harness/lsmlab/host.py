@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import platform
 import secrets
 import shlex
 import shutil
@@ -38,7 +39,12 @@ def find(program: str) -> str | None:
 
 
 def need(program: str) -> str:
-    """The path of `program`. Raises HostError that says what to install."""
+    """The path of `program`. Raises HostError that says what to install, or that this is no Linux."""
+    if platform.system() != "Linux":
+        raise HostError(
+            f"lsmlab runs on Linux; this is {platform.system()}",
+            hint="Run it in a Linux machine: on Windows in WSL 2, on macOS in a virtual one. README, Hosts, says more.",
+        )
     found = find(program)
     if found is None:
         package = PACKAGES.get(program, program)
@@ -47,6 +53,14 @@ def need(program: str) -> str:
             hint=f"Run `make setup`, or: apt-get install {package}. `lsmlab doctor` shows all that is missing.",
         )
     return found
+
+
+def need_x86(what: str) -> None:
+    """See that this machine can execute the programs of images. Raises HostError; `what` is not possible then."""
+    if platform.machine() not in {"x86_64", "AMD64"}:
+        raise HostError(
+            f"{what} takes an x86-64 machine, whose programs are executed; this one is {platform.machine()}"
+        )
 
 
 def version(program: str, *arguments: str) -> str:

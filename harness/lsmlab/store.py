@@ -127,6 +127,14 @@ class Store:
             ).fetchall()
         return [self._read(number, document) for number, document in rows]
 
+    def proven(self) -> dict[str, str]:
+        """When an outcome of a lab was last as expected, ISO 8601, of each lab that has one."""
+        with self._open() as connection:
+            rows = connection.execute(
+                "SELECT lab, max(recorded) FROM outcomes WHERE verdict = expected GROUP BY lab"
+            ).fetchall()
+        return dict(rows)
+
     def get(self, key: str) -> tuple[int, Outcome]:
         """The outcome with the number or id (or its beginning) `key`. Raises DefinitionError where there is none."""
         number = int(key) if key.isascii() and key.isdigit() and len(key) < 18 else -1

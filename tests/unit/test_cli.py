@@ -747,7 +747,16 @@ def test_the_labs_as_json(host: Host) -> None:
     rows = {r["id"]: r for r in json.loads(found.out)["labs"]}
     assert rows["debian-13"]["frameworks"] == ["selinux", "apparmor"]
     assert rows["debian-13"]["image"] == "not built"
+    assert (rows["debian-13"]["seen"], rows["debian-13"]["lacks"]) == (None, ["gpg"])
     assert not host.home.exists()
+
+
+def test_a_lab_whose_image_is_there_lacks_no_tools_to_build_one(imaged: Host) -> None:
+    (imaged.path / "bin" / "mmdebstrap").unlink()
+    rows = {r["id"]: r["lacks"] for r in json.loads(imaged.lsmlab("labs", "--json", "-").out)["labs"]}
+    assert rows == {"debian-12": ["mmdebstrap", "gpg"], "debian-13": []}
+    assert re.search(r"^debian-13 .* ready +never$", imaged.lsmlab("labs").out, re.MULTILINE)
+    assert re.search(r"^debian-12 .* lacks mmdebstrap, gpg +never$", imaged.lsmlab("labs").out, re.MULTILINE)
 
 
 def test_json_into_a_file(host: Host) -> None:

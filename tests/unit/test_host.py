@@ -1,8 +1,9 @@
-"""The user that guests run as where root starts them."""
+"""What this machine is to lsmlab: its system, its processor, and the user that guests run as where root starts them."""
 
 from __future__ import annotations
 
 import os
+import platform
 import pwd
 import subprocess
 from collections.abc import Iterator
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from lsmlab import doctor, host
+from lsmlab import discovery, doctor, host
+from lsmlab.errors import HostError
+from lsmlab.image import build
 from lsmlab.machine.qemu import QEMU
+from lsmlab.progress import Silent
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
@@ -86,3 +90,24 @@ def test_doctor_tells_where_guests_stay_root(tmp_path: Path, monkeypatch: pytest
     assert doctor._user_of_guests(None).ok
     denied = doctor._user_of_guests(device)
     assert not denied.ok and denied.found.startswith("root") and "ordinary user" in denied.advice
+
+
+@pytest.mark.parametrize(("system", "ok"), [("Linux", True), ("Darwin", False), ("Windows", False)])
+def test_another_system_is_told_before_a_program_is_missed(
+    monkeypatch: pytest.MonkeyPatch, system: str, *, ok: bool
+) -> None:
+    monkeypatch.setattr(platform, "system", lambda: system)
+    if ok:
+        assert host.need("sh")
+        return
+    with pytest.raises(HostError, match=f"lsmlab runs on Linux; this is {system}"):
+        host.need("no-such-program")
+
+
+def test_an_image_is_not_built_on_another_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LSMLAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    with pytest.raises(HostError) as caught:
+        build.ensure(discovery.load_lab("debian-13"), Silent())
+    assert "takes an x86-64 machine, whose programs are executed; this one is aarch64" in caught.value.message
+    assert "`lsmlab images import` here" in caught.value.hint

@@ -68,6 +68,15 @@ def test_a_new_store_is_empty(kept: Store) -> None:
         kept.get("1")
 
 
+def test_a_lab_was_seen_when_it_last_came_out_as_expected(kept: Store) -> None:
+    assert kept.proven() == {}
+    kept.add(outcome(1, verdict=Verdict.ERROR))
+    assert kept.proven() == {}
+    kept.add(outcome(2))
+    kept.add(outcome(3, verdict=Verdict.NOT_CONTAINED))
+    assert kept.proven() == {"debian-13": outcome(2).recorded}
+
+
 def test_another_store_of_the_same_file_sees_it(kept: Store) -> None:
     kept.add(outcome(1))
     assert Store(kept.path).get("1")[1] == outcome(1)

@@ -28,8 +28,8 @@ from lsmlab.image.build import Image
 from lsmlab.lab import Lab
 from lsmlab.progress import Progress
 
-LEVEL = 4
-"""gzip's: a little larger than its usual 6, and twice as fast."""
+LEVEL = 1
+"""gzip's: a twentieth larger than with 4, in half the time."""
 MOST_MANIFEST = 1 << 20
 QCOW2_MAGIC = b"QFI\xfb"
 EXTERNAL_DATA_FILE = 1 << 2

@@ -185,6 +185,7 @@ def _build(lab: Lab, folder: Path, task: str, progress: Progress) -> Image:
 def _see_what_a_build_needs(lab: Lab) -> None:
     """Raises HostError that says what to do, here or elsewhere."""
     try:
+        host.need_x86("building an image")
         for program in ("mmdebstrap", "mke2fs", "debugfs", "qemu-img", "unshare", "setpriv"):
             host.need(program)
         if os.geteuid() != 0:
@@ -194,7 +195,7 @@ def _see_what_a_build_needs(lab: Lab) -> None:
         elsewhere = (
             f"Or take an image built elsewhere: `lsmlab images export {lab.id}` there, `lsmlab images import` here."
         )
-        raise HostError(error.message, hint=f"{error.hint}\n  {elsewhere}") from error
+        raise HostError(error.message, hint=f"{error.hint}\n  {elsewhere}".strip()) from error
 
 
 def _host_step(argv: list[str], what: str) -> None:

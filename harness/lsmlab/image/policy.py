@@ -91,6 +91,7 @@ def compile_modules(policy_tree: Path, image_digest: str, modules: Sequence[Path
             manifest = cache.read_manifest(target)
             if manifest is not None and not cache.damage(target, manifest, full=True):
                 return _compiled(target)
+        host.need_x86("compiling an SELinux policy with the image's own tools")
         with cache.making("policy", "a policy was compiled") as work:
             (work / "modules").mkdir()
             for name, data in sources:
