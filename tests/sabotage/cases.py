@@ -954,6 +954,23 @@ CASES = (
         reason="read-secret succeeds under",
     ),
     Sabotage(
+        id="denial-deduplicated",
+        breaks="a capability is denied, and the kernel, which has told so of this profile before, tells it no more",
+        base=ROOT,
+        lab="debian-12",  # a later kernel tells it again
+        frameworks=APPARMOR,
+        setup="chown root:root /var/log/nginx/*",
+        change=both(
+            profile(r"capability dac_override,\n  capability dac_read_search,", "/opt/vault/secret r,"),
+            expecting_capability("dac_read_search"),
+        ),
+        before_window=stranger(path="/opt/vault/secret"),
+        proof="grep -c 'DENIED.*capname=\"dac_read_search\"' /var/log/audit/audit.log",
+        shows="^[1-9]",
+        verdict=UNATTRIBUTED,
+        reason="no denial in its window",
+    ),
+    Sabotage(
         id="denial-of-a-stranger",
         breaks="another process in the same domain is denied the object; nginx itself refuses the request",
         setup=APPLICATION_BLOCKS,

@@ -58,7 +58,7 @@ class Trace:
     kernel: Kernel | None = None
     """What its guest was booted with; None: it never came to an arm."""
     ended: bool = False
-    """QEMU had ended when the attack had been asked for."""
+    """QEMU, or the connection to it, had ended when the attack had been asked for."""
     snapshots: str = ""
     """What QEMU said of its snapshots after the attack."""
 
@@ -100,6 +100,7 @@ class Sabotage:
     role: Role = Role.ENFORCING
     frameworks: tuple[Framework, ...] = BOTH
     base: str = FLAGSHIP
+    lab: str = discovery.DEFAULT_LAB
     change: Change | None = None
     """Another scenario; files that it needs are written into the folder."""
     setup: str = ""
@@ -253,22 +254,28 @@ def run_arms(
 class Suite:
     """The experiments behind the cases: each arm is run once, whoever asks for it, as soon as there is a guest."""
 
-    def __init__(self, bench: Bench, pool: ThreadPoolExecutor, folder: Path, cases: Sequence[Sabotage]) -> None:
-        self._bench = bench
-        self._pool = pool
+    def __init__(
+        self,
+        benches: Mapping[str, Bench],
+        pools: Mapping[str, ThreadPoolExecutor],
+        folder: Path,
+        cases: Sequence[Sabotage],
+    ) -> None:
+        self._benches = benches
+        self._pools = pools
         self._folder = folder
         self._cases = cases
-        self._twins: dict[tuple[str, Kernel], Future[dict[Arm, Trace]]] = {}
+        self._twins: dict[tuple[str, str, Kernel], Future[dict[Arm, Trace]]] = {}
         self._sabotaged: dict[tuple[str, Arm], Future[dict[Arm, Trace]]] = {}
         self._scenarios = {s.id: s for s in discovery.load_scenarios([str(LIBRARY), str(MINE)], REPO)}
 
     def begin(self, case: Sabotage, framework: Framework) -> None:
         """Have the case's arm run, and those of its twin."""
         for arm in (CONTROL, ENFORCING_ARM[framework]):
-            self._twin(case.base, arm.kernel)
+            self._twin(case, arm.kernel)
         arm = case.role.arm(framework)
         if (case.id, arm) not in self._sabotaged:
-            self._sabotaged[case.id, arm] = self._pool.submit(self._run, case, arm)
+            self._sabotaged[case.id, arm] = self._pools[case.lab].submit(self._run, case, arm)
 
     def _run(self, case: Sabotage, arm: Arm) -> dict[Arm, Trace]:
         folder = self._folder / f"{case.id}-{arm}"
@@ -280,21 +287,21 @@ class Suite:
         if case.change:
             scenario = case.change(scenario, folder)
         scenario = scenario.model_copy(update={"id": case.id})
-        return run_arms(self._bench, scenario, (arm,), case, {case.id: case.proof})
+        return run_arms(self._benches[case.lab], scenario, (arm,), case, {case.id: case.proof})
 
-    def _twin(self, base: str, kernel: Kernel) -> Future[dict[Arm, Trace]]:
-        if (base, kernel) not in self._twins:
+    def _twin(self, case: Sabotage, kernel: Kernel) -> Future[dict[Arm, Trace]]:
+        key = (case.lab, case.base, kernel)
+        if key not in self._twins:
             arms = [a for a in (CONTROL, *LOGGING_ARM.values(), *ENFORCING_ARM.values()) if a.kernel is kernel]
-            proofs = {c.id: c.proof for c in self._cases if c.base == base}
-            self._twins[base, kernel] = self._pool.submit(
-                run_arms, self._bench, self._scenarios[base], arms, NOTHING, proofs
-            )
-        return self._twins[base, kernel]
+            proofs = {c.id: c.proof for c in self._cases if (c.lab, c.base) == (case.lab, case.base)}
+            bench, scenario = self._benches[case.lab], self._scenarios[case.base]
+            self._twins[key] = self._pools[case.lab].submit(run_arms, bench, scenario, arms, NOTHING, proofs)
+        return self._twins[key]
 
     def twin(self, case: Sabotage, framework: Framework) -> dict[Arm, Trace]:
         """The arms of the unsabotaged experiment."""
-        own = self._twin(case.base, ENFORCING_ARM[framework].kernel).result()
-        return {**self._twin(case.base, CONTROL.kernel).result(), **own}
+        own = self._twin(case, ENFORCING_ARM[framework].kernel).result()
+        return {**self._twin(case, CONTROL.kernel).result(), **own}
 
     def sabotaged(self, case: Sabotage, framework: Framework) -> Trace:
         """The sabotaged arm."""
@@ -304,4 +311,4 @@ class Suite:
     def outcome(self, case: Sabotage, framework: Framework, arms: Mapping[Arm, Trace]) -> Outcome:
         """What is concluded from `arms`."""
         records = {arm: trace.record for arm, trace in arms.items()}
-        return run.conclude(self._bench, run.Case(self._scenarios[case.base], framework), records)
+        return run.conclude(self._benches[case.lab], run.Case(self._scenarios[case.base], framework), records)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 from cases import CASES
@@ -22,16 +24,17 @@ PAIRS = [pytest.param(case, framework, id=f"{case.id}-{framework}") for case in 
 @pytest.fixture(scope="module")
 def suite(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Suite]:
     """The experiments of all the cases that were selected; they run side by side."""
-    chosen = [
-        tuple(item.callspec.params.values())
+    chosen: list[tuple[Sabotage, Framework]] = [
+        (cast(Sabotage, item.callspec.params["case"]), cast(Framework, item.callspec.params["framework"]))
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.module is request.module and hasattr(item, "callspec")
     ]
-    with open_bench(discovery.load_lab("debian-13"), Silent()) as bench, guest_pool(bench, "sabotage") as pool:
-        found = Suite(bench, pool, tmp_path_factory.mktemp("sabotage"), CASES)
+    with contextlib.ExitStack() as held:
+        labs = sorted({case.lab for case, _ in chosen})
+        benches = {lab: held.enter_context(open_bench(discovery.load_lab(lab), Silent())) for lab in labs}
+        pools = {lab: held.enter_context(guest_pool(benches[lab], f"sabotage-{lab}")) for lab in labs}
+        found = Suite(benches, pools, tmp_path_factory.mktemp("sabotage"), CASES)
         for case, framework in chosen:
-            assert isinstance(case, Sabotage)
-            assert isinstance(framework, Framework)
             found.begin(case, framework)
         yield found
 
