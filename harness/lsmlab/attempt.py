@@ -86,7 +86,6 @@ class Closed(Strict):
     """The agent's answer to `close_window`: the log from the window's opening on, and the facts after it."""
 
     log: str
-    sentinel_seen: bool
     problem: str
     subject: facts.SubjectFacts
     mode: facts.ModeFacts

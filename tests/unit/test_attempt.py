@@ -75,7 +75,6 @@ def closed(log: str | None = None, *, sentinel: str = SENTINEL, **changes: Any) 
     audit = changes.pop("audit", {})
     return {
         "log": log,
-        "sentinel_seen": sentinel in log,
         "problem": "",
         "subject": wire(subject()),
         "mode": wire(mode(Arm.SELINUX_ENFORCING)),
@@ -496,11 +495,6 @@ UNTRUSTED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "another sentinel": (
         {},
         {"log": f"{WINDOW}\n{user_record('lsmlab-0000000000000000')}\n"},
-        "the sentinel did not come through the audit queue",
-    ),
-    "seen, it says": (
-        {},
-        {"log": f"{WINDOW}\n", "sentinel_seen": True},
         "the sentinel did not come through the audit queue",
     ),
     "problem": (

@@ -147,7 +147,7 @@ class Nginx:
     def _close_window(self, word: str, **_: Any) -> dict[str, Any]:
         log = f"{self.state['log']}{user_record(word)}\n"
         return {
-            "log": log, "sentinel_seen": True, "problem": "", "subject": self._subject(), "mode": self._mode(),
+            "log": log, "problem": "", "subject": self._subject(), "mode": self._mode(),
             "audit": audit_state(size=audit_state()["size"] + len(log)),
         }  # fmt: skip
 

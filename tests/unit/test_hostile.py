@@ -350,7 +350,7 @@ JSON = st.recursive(
     max_leaves=12,
 )
 CLOSED: dict[str, Any] = {
-    "log": f"{avc()}\n{user_record(SENTINEL)}\n", "sentinel_seen": True, "problem": "", "subject": wire(subject()),
+    "log": f"{avc()}\n{user_record(SENTINEL)}\n", "problem": "", "subject": wire(subject()),
     "mode": wire(mode(Arm.SELINUX_ENFORCING)), "audit": audit_state(size=90000),
 }  # fmt: skip
 ANSWERS: list[tuple[type[Strict], dict[str, Any]]] = [
@@ -423,9 +423,7 @@ def test_an_answer_is_what_it_must_be_or_nonsense(given_answer: tuple[type[Stric
 def test_a_window_is_whole_or_unavailable(log: str, changes: dict[str, Any], problem: str) -> None:
     opened = facts.AuditState(**audit_state())
     now = facts.AuditState(**audit_state(**changes))
-    closed = Closed(
-        log=log, sentinel_seen=True, problem=problem, subject=subject(), mode=mode(Arm.SELINUX_ENFORCING), audit=now
-    )
+    closed = Closed(log=log, problem=problem, subject=subject(), mode=mode(Arm.SELINUX_ENFORCING), audit=now)
     reading, lines = read_window(closed, opened, SENTINEL)
     same = (now.daemon_pid, now.lost, now.log) == (opened.daemon_pid, opened.lost, opened.log)
     whole = not problem and same and now.enabled and now.size >= opened.size and SENTINEL in log

@@ -17,7 +17,6 @@ import errno
 import grp
 import http.client
 import json
-import mmap
 import os
 import pwd
 import select
@@ -50,7 +49,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 0x1000, 0x4000, 0x40000
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 24, 38, 47, 4
 IN_MODIFY, IN_MOVE_SELF, IN_CLOEXEC, IN_NONBLOCK = 0x2, 0x800, 0o2000000, 0o4000
-MAP_POPULATE = 0x8000
 PROC_USER_INIT_INO = 0xEFFFFFFD
 NETLINK_AUDIT, AUDIT_GET, AUDIT_USER, NLM_F_REQUEST, NLM_F_ACK, NLMSG_ERROR = 9, 1000, 1005, 1, 4, 2
 GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESRCH, errno.ENODEV}
@@ -729,15 +727,14 @@ def close_window(
 ) -> dict[str, Any]:
     """Send a sentinel, read the log up to it, and the facts after it."""
     problem = ""
-    log, seen = b"", False
+    log = b""
     try:
         sentinel(word)
-        log, seen = read_log(offset, word, seconds, most)
+        log = read_log(offset, word, seconds, most)[0]
     except (Refused, OSError) as error:
         problem = str(error) or repr(error)
     return {
         "log": log.decode("utf-8", "backslashreplace"),
-        "sentinel_seen": seen,
         "problem": problem,
         "subject": subject(unit, known),
         "mode": mode(),
@@ -806,13 +803,6 @@ def clock(seconds: float) -> None:
     time.clock_settime(time.CLOCK_REALTIME, seconds)
 
 
-def scrub() -> None:
-    """Have the kernel clear the memory that is free: pages of zeros are not kept in a saved guest."""
-    free = next(int(line.split()[1]) for line in text_of("/proc/meminfo").split("\n") if line.startswith("MemFree:"))
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_POPULATE
-    mmap.mmap(-1, (free << 10) * 9 // 10, flags=flags).close()
-
-
 def relabel(paths: list[str]) -> None:
     """Give files and folders the labels that the policy has for their paths; nothing to do without SELinux."""
     if os.path.exists(ENFORCE):
@@ -824,7 +814,7 @@ def relabel(paths: list[str]) -> None:
 OPERATIONS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
-        ping, offer, scrub, run, visit, write, relabel, clock, pids, audit_state, mode, open_window, close_window,
+        ping, offer, run, visit, write, relabel, clock, pids, audit_state, mode, open_window, close_window,
         plant, attempt,
     )
 }  # fmt: skip

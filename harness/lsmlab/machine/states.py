@@ -190,7 +190,6 @@ def _boot(lab: Lab, image: Image, kernel: Kernel, state: SavedState, progress: P
         try:
             progress.step(task, f"letting {lab.title} settle (kernel: {kernel})")
             settle(machine.channel, kernel)
-            machine.channel.ask("scrub", within=60)
             progress.step(task, f"saving the booted state (kernel: {kernel})")
             machine.save(work / "ram")
         except LsmlabError as error:
