@@ -55,6 +55,15 @@ def need(program: str) -> str:
     return found
 
 
+def environment() -> dict[str, str]:
+    """A copy of our environment, for each program that is started.
+
+    Ours may be changed by another thread while a program starts, as pytest's is at each test: execve(2), given the
+    memory that it lay in, then fails with EFAULT.
+    """
+    return dict(os.environ)
+
+
 def need_x86(what: str) -> None:
     """See that this machine can execute the programs of images. Raises HostError; `what` is not possible then."""
     if platform.machine() not in {"x86_64", "AMD64"}:
@@ -70,8 +79,9 @@ def version(program: str, *arguments: str) -> str:
         return "missing"
     try:
         done = subprocess.run(
-            [found, *arguments], capture_output=True, text=True, errors="replace", timeout=20, check=False
-        )
+            [found, *arguments], env=environment(), capture_output=True, text=True, errors="replace", timeout=20,
+            check=False,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"does not run: {error}"
     return (done.stdout or done.stderr).strip().partition("\n")[0]
@@ -120,7 +130,7 @@ def _suffice(program: str, device: Path | None, *options: str) -> bool:
     uid = str(PASSING_UIDS[0])
     asked = ["-x", program, *(("-a", "-r", str(device), "-a", "-w", str(device)) if device else ())]
     argv = [need("setpriv"), "--reuid", uid, "--regid", uid, *options, "--", "test", *asked]
-    return subprocess.run(argv, capture_output=True, check=False).returncode == 0
+    return subprocess.run(argv, env=environment(), capture_output=True, check=False).returncode == 0
 
 
 def in_namespace(argv: Sequence[str]) -> list[str]:
@@ -149,7 +159,12 @@ def run(argv: Sequence[str], *, what: str, stdin: bytes = b"", timeout: float = 
     the wait is interrupted.
     """
     process = subprocess.Popen(
-        list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        list(argv),
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     _running.add(process)
     try:

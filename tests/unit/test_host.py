@@ -6,6 +6,8 @@ import os
 import platform
 import pwd
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from lsmlab.image import build
 from lsmlab.machine.qemu import QEMU
 from lsmlab.progress import Silent
 
+CHANGED = "LSMLAB_TEST_CHANGED"
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
@@ -111,3 +114,30 @@ def test_an_image_is_not_built_on_another_processor(monkeypatch: pytest.MonkeyPa
         build.ensure(discovery.load_lab("debian-13"), Silent())
     assert "takes an x86-64 machine, whose programs are executed; this one is aarch64" in caught.value.message
     assert "`lsmlab images import` here" in caught.value.hint
+
+
+def test_a_program_starts_while_the_environment_is_changed() -> None:
+    failed: list[str] = []
+    left = threading.Semaphore(1500)
+
+    def start() -> None:
+        while left.acquire(blocking=False):
+            try:
+                host.run(["/bin/true"], what="starting a program")
+            except (OSError, HostError) as error:
+                failed.append(str(error))
+
+    threads = [threading.Thread(target=start) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    number = 0
+    try:
+        while any(thread.is_alive() for thread in threads):
+            number += 1
+            os.environ[CHANGED] = "x" * (number % 900 + 1)
+            if number % 50 == 0:
+                del os.environ[CHANGED]
+                time.sleep(0.0005)
+    finally:
+        os.environ.pop(CHANGED, None)
+    assert failed == []

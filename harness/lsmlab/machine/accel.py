@@ -110,8 +110,9 @@ def probe(kernel: Path) -> tuple[KvmState, str]:
     ]  # fmt: skip
     try:
         done = subprocess.run(
-            host.dying_with_us(argv), stdin=subprocess.DEVNULL, capture_output=True, timeout=PROOF_SECONDS, check=False
-        )
+            host.dying_with_us(argv), env=host.environment(), stdin=subprocess.DEVNULL, capture_output=True,
+            timeout=PROOF_SECONDS, check=False,
+        )  # fmt: skip
         said = done.stdout.decode("ascii", "replace")
         complaint = done.stderr.decode("utf-8", "replace").strip()
     except subprocess.TimeoutExpired as late:
