@@ -15,7 +15,8 @@ import pytest
 import typer.main
 from pydantic import BaseModel
 
-from lsmlab import cli, definition, discovery, pytest_plugin, scenario
+from lsmlab import definition, discovery, pytest_plugin, scenario
+from lsmlab.cli.base import app
 from lsmlab.errors import DefinitionError
 from lsmlab.scenario import Scenario
 
@@ -232,7 +233,7 @@ def is_ours(line: str) -> bool:
 def misuse(line: str) -> str:
     """What a line that calls lsmlab names and the program does not have, or an empty text."""
     words = shlex.split(line.replace("<", "").replace(">", ""), comments=True)[1:]
-    command: Any = typer.main.get_command(cli.app)
+    command: Any = typer.main.get_command(app)
     while words and getattr(command, "commands", None) and not words[0].startswith("-"):
         if words[0] not in command.commands:
             return f"no command {words[0]!r}"
@@ -285,7 +286,7 @@ def all_options(command: Any) -> set[str]:
 
 @on_every_page
 def test_every_option_is_there(page: str) -> None:
-    ours = all_options(typer.main.get_command(cli.app)) | plugin_options()
+    ours = all_options(typer.main.get_command(app)) | plugin_options()
     alone = {line.split()[0].partition("=")[0] for line in code(PAGES[page]) if line.startswith("--")}
     assert not alone - ours
     lines = [line for line in code(PAGES[page]) if re.match(r"(\S+/python -m )?pytest |test_\w+\.py; run with: ", line)]

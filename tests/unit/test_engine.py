@@ -33,7 +33,7 @@ from builders import (
 
 from fakes import Answer, FakeBench, ScriptedChannel, ScriptedMachine, said
 from lsmlab import discovery, run
-from lsmlab.cli import exit_code
+from lsmlab.cli.experiment import exit_code
 from lsmlab.errors import ChannelError, DefinitionError, FrameworkError, MachineError
 from lsmlab.lab import Lab
 from lsmlab.machine import qemu

@@ -12,7 +12,7 @@ from builders import apparmor, avc, observation, outcome, scenario, syscall
 
 from fakes import FakeBench
 from lsmlab import discovery, evidence, falsify, run
-from lsmlab.cli import exit_code
+from lsmlab.cli.experiment import exit_code
 from lsmlab.errors import PolicyError
 from lsmlab.outcome import ArmRecord, AttemptRecord, Falsification, Outcome
 from lsmlab.run import Case, judge_attempt

@@ -69,7 +69,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "report.comparison",
         # the front doors
         "testinfra_backend",
-        "pytest_plugin cli",
+        "pytest_plugin cli.base",
+        "cli.experiment cli.guests cli.library cli.machine",
+        "cli",
+        "cli.__main__",
     )
 )
 """A module imports from rows above its own only. A new module gets a place; an import that does not fit gets another
@@ -227,7 +230,9 @@ def test_only_the_command_line_prints_or_exits() -> None:
         for module, path in sources(HARNESS).items()
         for line, name in speech(ast.parse(path.read_text("utf-8")))
     }
-    assert {("cli", "print"), ("cli", "sys.exit"), ("cli", "typer.Exit")} <= set(found), "nothing was looked at"
-    wrong = [where for (module, name), where in found.items() if module != "cli" and (module, name) not in EXCEPTIONS]
+    looked_for = {("cli.machine", "print"), ("cli", "sys.exit"), ("cli.base", "typer.Exit")}
+    assert looked_for <= set(found), "nothing was looked at"
+    others = {(module, name): where for (module, name), where in found.items() if module.partition(".")[0] != "cli"}
+    wrong = [where for place, where in others.items() if place not in EXCEPTIONS]
     assert not wrong, "\n".join(wrong)
     assert set(found) >= EXCEPTIONS, "an exception that is needed no more"

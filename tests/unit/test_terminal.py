@@ -20,6 +20,7 @@ from rich.console import Console, RenderableType
 
 from lsmlab import cli, discovery, facts
 from lsmlab.channel.base import CommandResult
+from lsmlab.cli.base import ERROR, write_json
 from lsmlab.dac import DacExplanation, DacStep
 from lsmlab.errors import ChannelError, LsmlabError, SetupError
 from lsmlab.outcome import Falsification, Outcome, Report
@@ -134,7 +135,7 @@ def test_an_error_does_not_act(what: str, capsys: pytest.CaptureFixture[str]) ->
         ERRORS[what]()
     assert ACTS.findall(str(caught.value)) == []
     assert len(str(caught.value)) < 3000
-    assert cli._explained(caught.value) == cli.ERROR
+    assert cli._explained(caught.value) == ERROR
     said = capsys.readouterr().err
     assert r"\x1b[2J" in said or "Field required" in said
     assert ACTS.findall(said) == []
@@ -143,7 +144,7 @@ def test_an_error_does_not_act(what: str, capsys: pytest.CaptureFixture[str]) ->
 def test_what_nobody_foresaw_does_not_act(capsys: pytest.CaptureFixture[str]) -> None:
     error = ValueError(NASTY)
     error.__cause__ = ChannelError(NASTY)
-    assert cli._explained(error) == cli.ERROR
+    assert cli._explained(error) == ERROR
     said = capsys.readouterr().err
     assert "report it with the lines above" in said
     assert HARMLESS in said
@@ -151,7 +152,7 @@ def test_what_nobody_foresaw_does_not_act(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_missing_file_does_not_act(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli._explained(FileNotFoundError(2, NASTY, NASTY)) == cli.ERROR
+    assert cli._explained(FileNotFoundError(2, NASTY, NASTY)) == ERROR
     said = capsys.readouterr().err
     assert HARMLESS in said
     assert ACTS.findall(said) == []
@@ -162,7 +163,7 @@ def test_a_missing_file_does_not_act(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_json_on_a_terminal_does_not_act_and_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     content = Report(outcomes=(nasty_outcome(Verdict.CONTAINED),)).to_json()
-    cli._write_json(content, Path("-"))
+    write_json(content, Path("-"))
     said = capsys.readouterr().out
     assert ACTS.findall(said) == []
     assert json.loads(said) == json.loads(content)

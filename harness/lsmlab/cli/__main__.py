@@ -1,0 +1,5 @@
+"""`python -m lsmlab.cli`."""
+
+from lsmlab.cli import main
+
+main()

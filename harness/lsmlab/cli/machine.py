@@ -1,0 +1,200 @@
+"""This machine: `labs`, `images`, `doctor`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lsmlab import cache, discovery, doctor, inventory, paths
+from lsmlab.cli.base import (
+    AS_EXPECTED,
+    ERROR,
+    NOT_AS_EXPECTED,
+    JsonOption,
+    LabOption,
+    QuietOption,
+    app,
+    console,
+    images_app,
+    lab_names,
+    need_writable,
+    progress_shown,
+    say,
+    see_json_target,
+    write_json,
+)
+from lsmlab.errors import DefinitionError
+from lsmlab.image import archive, build
+from lsmlab.report import tables, trials
+from lsmlab.store import Store
+
+
+@app.command("labs")
+def labs_command(json_file: JsonOption = None) -> None:
+    """List the labs: kinds of machine, their frameworks, whether this machine can run them, and whether it has.
+
+    "seen" is when an outcome in the store was last as expected.
+    """
+    see_json_target(json_file)
+    store = Store(paths.state() / "outcomes.sqlite")
+    proven = store.proven() if store.path.exists() else {}
+    rows: list[dict[str, Any]] = []
+    for name in discovery.labs().ids:
+        machine = discovery.load_lab(name)
+        image = build.find(machine)
+        rows.append(
+            {
+                "id": machine.id, "title": machine.title, "frameworks": [f.value for f in machine.frameworks],
+                "services": sorted(machine.services), "memory_mib": machine.memory_mib,
+                "image": f"built {image.built[:10]}" if image else "not built",
+                "lacks": doctor.lacking(machine), "seen": proven.get(machine.id),
+            }
+        )  # fmt: skip
+    if json_file is not None:
+        write_json(json.dumps({"schema": 1, "labs": rows}, indent=1) + "\n", json_file)
+        return
+    table = [
+        (
+            r["id"], r["title"], ", ".join(r["frameworks"]), f"{r['memory_mib']} MiB", r["image"],
+            f"lacks {', '.join(r['lacks'])}" if r["lacks"] else "ready", r["seen"][:10] if r["seen"] else "never",
+        )
+        for r in rows
+    ]  # fmt: skip
+    print(tables.plain(("lab", "machine", "frameworks", "memory", "image", "here", "seen"), table))
+
+
+@images_app.callback(invoke_without_command=True)
+def images_command(context: typer.Context, json_file: JsonOption = None) -> None:
+    """List built images and saved guests."""
+    if context.invoked_subcommand is None:
+        images_list(json_file)
+
+
+@images_app.command("list")
+def images_list(json_file: JsonOption = None) -> None:
+    """List built images and saved guests: size, age, last use, whether a run would take them, whether one does now."""
+    see_json_target(json_file)
+    entries = inventory.entries()
+    if json_file is not None:
+        rows = [{**e.as_json(), "folder": str(e.folder)} for e in entries]
+        write_json(json.dumps({"schema": 1, "images": rows}, indent=1) + "\n", json_file)
+        return
+    if not entries:
+        say("nothing is built yet: `lsmlab images build debian-13`, or any run, builds what it needs")
+        return
+    table = [
+        (e.kind, e.name, f"{e.mib} MiB", inventory.since(e.made), f"{inventory.since(e.used)} ago", e.standing())
+        for e in entries
+    ]
+    print(tables.plain(("kind", "name", "size", "age", "used", "status"), table))
+
+
+@images_app.command("build")
+def images_build(
+    labs: Annotated[list[str], typer.Argument(metavar="LAB...", autocompletion=lab_names)],
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build anew, with today's packages.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Build the images of labs, where they are not built yet.
+
+    Example:
+
+        lsmlab images build debian-13 debian-12
+    """
+    machines = [discovery.load_lab(name) for name in labs]
+    with progress_shown(quiet) as progress, contextlib.ExitStack() as uses:
+        limit = inventory.Limit(progress)
+        cache.sweep()
+        built = [build.ensure(machine, progress, rebuild=rebuild, uses=uses) for machine in machines]
+        limit.keep()
+    for image in built:
+        print(f"{image.lab}  {image.digest[:16]}  {image.folder}")
+
+
+@images_app.command("export")
+def images_export(
+    lab: Annotated[str, typer.Argument(metavar="LAB", autocompletion=lab_names)],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="By default LAB.image.tar.gz in the current folder.")
+    ] = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a lab's image to one file, for machines that cannot build it; it is built first where there is none.
+
+    Prints the file's SHA-256 as sha256sum does. Example:
+
+        lsmlab images export debian-13 debian-13.image.tar.gz
+    """
+    machine = discovery.load_lab(lab)
+    target = file or archive.default_name(machine)
+    need_writable(target, str(target))
+    with progress_shown(quiet) as progress:
+        written = archive.write(machine, target, progress)
+    print(f"{written.sha256}  {written.path}")
+
+
+@images_app.command("import")
+def images_import(
+    source: Annotated[str, typer.Argument(metavar="FILE|URL", help="What `lsmlab images export` wrote.")],
+    sha256: Annotated[str, typer.Option("--sha256", metavar="HEX", help="Refuse a file with another digest.")] = "",
+    quiet: QuietOption = False,
+) -> None:
+    """Take a lab's image from a file, here or behind an http(s) address; a broken download goes on where it stopped.
+
+    What is in an image runs in guests, and on this machine where policies are compiled: take it from somebody you
+    trust, with the digest that `export` printed. Examples:
+
+        lsmlab images import debian-13.image.tar.gz
+
+        lsmlab images import https://example.org/debian-13.image.tar.gz --sha256 9f2b...
+    """
+    if sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise DefinitionError(
+            f"--sha256 {sha256}: expected 64 hexadecimal digits", hint="`sha256sum FILE` prints them."
+        )
+    with progress_shown(quiet) as progress:
+        limit = inventory.Limit(progress)
+        cache.sweep()
+        found = archive.read(source, progress, sha256=sha256)
+        limit.keep()
+    print(f"{found.image.lab}  {found.image.digest[:16]}  {found.image.folder}")
+    say(f"{'it was here already' if found.there else 'imported'}: `lsmlab run --lab {found.image.lab}` takes it")
+
+
+@images_app.command("prune")
+def images_prune(
+    everything: Annotated[bool, typer.Option("--all", help="Also what is current.")] = False,
+) -> None:
+    """Delete what no run would use any more. What a run uses at this moment is kept."""
+    pruned = inventory.prune(everything=everything)
+    for entry in pruned.removed:
+        print(f"removed {entry.kind} {entry.name} ({entry.mib} MiB)")
+    if pruned.leftovers:
+        print(f"removed what killed runs left ({pruned.leftovers >> 20} MiB)")
+    for entry, why in pruned.kept:
+        print(f"kept {entry.kind} {entry.name}: {why}")
+    for error in pruned.failed:
+        say(str(error))
+    say(f"{pruned.freed >> 20} MiB freed")
+    if pruned.failed:
+        raise typer.Exit(NOT_AS_EXPECTED)
+
+
+@app.command("doctor")
+def doctor_command(lab: LabOption = discovery.DEFAULT_LAB, json_file: JsonOption = None) -> None:
+    """Say what this machine has and lacks for running a lab, and what to do."""
+    see_json_target(json_file)
+    findings = doctor.examine(discovery.load_lab(lab))
+    if json_file is not None:
+        rows = [
+            {"what": f.what, "ok": f.ok, "needed": f.needed, "found": f.found, "advice": f.advice} for f in findings
+        ]
+        write_json(json.dumps({"schema": 1, "findings": rows}, indent=1) + "\n", json_file)
+    else:
+        console().print(trials.findings_table(findings))
+    raise typer.Exit(ERROR if any(f.needed and not f.ok for f in findings) else AS_EXPECTED)
