@@ -13,7 +13,7 @@ import requests
 
 from lsmlab import cache, paths
 from lsmlab.definition import digest_of
-from lsmlab.errors import DownloadError
+from lsmlab.errors import DownloadError, ImageError
 from lsmlab.progress import Progress
 
 PART, ABOUT = "part", "about.json"
@@ -29,10 +29,11 @@ def is_address(source: str) -> bool:
 
 @contextmanager
 def fetched(address: str, progress: Progress, task: str) -> Iterator[Path]:
-    """The file at `address` (http or https), whole, for as long as the block lasts and no longer.
+    """The file at `address` (http or https), whole, while the block lasts.
 
-    What was fetched before the connection broke is kept in the cache and not fetched again. Raises DownloadError that
-    says what to do, and HostError where the disk is full.
+    It is kept where the connection breaks, or the block is left by an error that is not the file's own fault (an
+    ImageError), and then not fetched again. Raises DownloadError that says what to do, and HostError where the disk is
+    full.
     """
     scheme = address.partition("://")[0].lower()
     if scheme not in {"http", "https"}:
@@ -50,8 +51,10 @@ def fetched(address: str, progress: Progress, task: str) -> Iterator[Path]:
             _fetch(address, folder, progress, task)
         try:
             yield folder / PART
-        finally:
+        except ImageError:
             shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fetch(address: str, folder: Path, progress: Progress, task: str) -> None:
@@ -64,12 +67,12 @@ def _fetch(address: str, folder: Path, progress: Progress, task: str) -> None:
         headers |= {"Range": f"bytes={have}-", "If-Range": validator}
     try:
         with requests.get(address, headers=headers, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)) as answer:
-            start, total = _extent(address, answer, have)
+            start, total = _extent(address, answer, part, have)
             if start == 0:
                 _remember(folder, address, answer)
-            if total is not None:
-                cache.need_mib((total - start) >> 20, "the rest of the download")
-            _receive(answer, part, start, total, progress, task)
+            if start != total:
+                cache.need_mib((total - start) >> 20 if total else 0, "the rest of the download")
+                _receive(answer, part, start, total, progress, task)
     except requests.RequestException as error:
         raise DownloadError(f"{address}: {_words(error)}", hint=_resume_hint(part)) from error
     got = part.stat().st_size
@@ -79,13 +82,20 @@ def _fetch(address: str, folder: Path, progress: Progress, task: str) -> None:
         )
 
 
-def _extent(address: str, answer: requests.Response, have: int) -> tuple[int, int | None]:
+def _extent(address: str, answer: requests.Response, part: Path, have: int) -> tuple[int, int | None]:
     """Where the answer's body begins, and how long the whole file is, bytes. Raises DownloadError."""
     if answer.status_code == requests.codes.partial_content and have:
         found = _RANGE.fullmatch(answer.headers.get("Content-Range", ""))
         if found is None or int(found[1]) != have:
             raise DownloadError(f"{address}: the server sent another part than was asked for")
         return have, int(found[2])
+    if answer.status_code == requests.codes.requested_range_not_satisfiable and have:
+        if answer.headers.get("Content-Range") == f"bytes */{have}":
+            return have, have  # all of it is here
+        part.unlink()
+        raise DownloadError(
+            f"{address}: the file there is shorter than what is here of it", hint="The same command begins anew."
+        )
     if answer.status_code != requests.codes.ok:
         hint = "See that the address is right." if 400 <= answer.status_code < 500 else "Try again later."
         raise DownloadError(f"{address}: the server says {answer.status_code} {answer.reason}", hint=hint)

@@ -15,7 +15,7 @@ import pytest
 from entries import Notes
 
 from lsmlab import cache, download, inventory
-from lsmlab.errors import DownloadError, HostError, LsmlabError
+from lsmlab.errors import DownloadError, HostError, ImageError, LsmlabError
 
 CONTENT = os.urandom(3 << 20)
 
@@ -49,6 +49,13 @@ class Handler(BaseHTTPRequestHandler):
         server.asked.append(self.headers["Range"])
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
         start = int(wanted[1]) if wanted and self.headers["If-Range"] == server.tag else 0
+        if start >= len(server.content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(server.content)}")
+            self.send_header("Content-Length", "9")
+            self.end_headers()
+            self.wfile.write(b"no range\n")
+            return
         body = server.content[start:]
         self.send_response(206 if start else server.status)
         if start:
@@ -122,6 +129,28 @@ def test_a_broken_download_goes_on_where_it_stopped(server: Server, home: Path) 
         assert (entry.kind, entry.status, entry.in_use) == ("download", inventory.Status.UNFINISHED, False)
     assert fetch(server.address) == CONTENT
     assert server.asked == [None, f"bytes={1 << 20}-", f"bytes={3 << 19}-"]
+
+
+def test_a_whole_file_that_could_not_be_used_is_kept(server: Server, home: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(HostError), download.fetched(server.address, Notes(), "image"):
+            raise HostError("no room to unpack it")
+        assert kept(home) == [CONTENT]
+    assert server.asked == [None, f"bytes={len(CONTENT)}-"]
+
+
+def test_a_file_that_is_at_fault_itself_is_not_kept(server: Server, home: Path) -> None:
+    with pytest.raises(ImageError), download.fetched(server.address, Notes(), "image"):
+        raise ImageError("its digest is another")
+    assert kept(home) == []
+
+
+def test_more_than_the_server_has_is_told(server: Server, home: Path) -> None:
+    server.cut = iter([1 << 20, 1 << 40])
+    refused(server.address)
+    server.content = CONTENT[:500_000]
+    assert "shorter than what is here" in refused(server.address).message
+    assert fetch(server.address) == server.content
 
 
 def test_another_version_is_fetched_from_its_beginning(server: Server) -> None:
