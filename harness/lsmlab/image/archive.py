@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from lsmlab import cache, discovery, download
+from lsmlab import cache, discovery
 from lsmlab.errors import DefinitionError, HostError, ImageError
 from lsmlab.image import build
 from lsmlab.image.build import Image
@@ -119,6 +119,8 @@ def read(source: str, progress: Progress, *, sha256: str = "") -> Imported:
 
     Raises HostError, DownloadError; ImageError where the archive is damaged, is none, or fits no lab here.
     """
+    from lsmlab import download  # noqa: PLC0415 - its library takes a moment that no other command has to wait for
+
     task = "import"
     with contextlib.ExitStack() as held:
         if download.is_address(source):
