@@ -209,7 +209,10 @@ def _unsteady(before: SubjectFacts, after: SubjectFacts, *, changes_mac: bool) -
         return "the service's workers appeared only during the attempt"
     for old, new in zip(_mains(before), _mains(after), strict=False):
         if old.pid != new.pid and _rights(old) != _rights(new):
-            return f"the service was started anew during the attempt: its {old.label or 'no label'} is now {new.label}"
+            return (
+                "the service was started anew during the attempt, with other rights: "
+                f"it had uid {old.uids[1]} and the label {old.label!r}, and has {new.uids[1]} and {new.label!r}"
+            )
     later = {p.pid: p for p in after.processes}
     for process in before.workers:
         now = later.get(process.pid, process)
@@ -222,8 +225,8 @@ def _mains(facts: SubjectFacts) -> tuple[Process, ...]:
     return tuple(p for p in facts.processes if p.main)
 
 
-def _rights(process: Process, *, changes_mac: bool = False) -> tuple[tuple[int, ...], tuple[int, ...], str]:
-    return process.uids, process.groups, "" if changes_mac else process.label
+def _rights(process: Process, *, changes_mac: bool = False) -> tuple[object, ...]:
+    return (process.uids, process.groups, *(() if changes_mac else (process.label,)))
 
 
 def _subject_problem(arm: Arm, seen: Observation, records: Sequence[Record], subject: str) -> str:
