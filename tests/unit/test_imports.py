@@ -37,7 +37,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "evidence dac",
         # guests
         "channel channel.base",
-        "channel.agent",
+        "channel.agent channel.ssh_host",
+        "channel.ssh_login",
+        "channel.ssh",
         "image image.policy image.probe",
         "image.build",
         "image.archive",

@@ -76,7 +76,10 @@ class _Lines(asyncio.Protocol):
 
 
 class AgentChannel:
-    """A channel over one end of a socket pair whose other end is QEMU's virtio-serial port. Safe for all threads."""
+    """A channel over one end of a socket pair: at its other end is QEMU's virtio-serial port, or what passes on to SSH.
+
+    Safe for all threads.
+    """
 
     def __init__(self, sock: socket.socket, name: str) -> None:
         self._name = name
