@@ -175,7 +175,7 @@ class SshHome:
 
     def sudo_that_obeys(self) -> None:
         """Have the server find a sudo that asks nobody, and changes no user."""
-        program = self.folder / "bin/sudo"
+        program = self.folder / "obeys/sudo"
         program.parent.mkdir()
         program.write_text('#!/bin/sh\nshift 2\nexec "$@"\n')
         program.chmod(0o755)

@@ -64,6 +64,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "check.definitions check.policies",
         "check",
         "doctor",
+        "survey",
         # what people read
         "report report.tables",
         "report.progress report.text",
