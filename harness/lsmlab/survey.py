@@ -49,7 +49,8 @@ def examine(channel: AgentChannel, login: Login, units: Iterable[str]) -> list[F
         except ChannelError as error:
             if channel.fault:
                 raise
-            findings.append(Finding(what, ok=False, needed=needed, found=_line(error.message), advice=advice))
+            found = _line(error.message.removeprefix(f"{channel.name}: "))
+            findings.append(Finding(what, ok=False, needed=needed, found=found, advice=advice))
     return findings
 
 

@@ -148,7 +148,7 @@ def test_no_framework() -> None:
 def test_a_kernel_that_does_not_say() -> None:
     found = of(surveyed(mode=ChannelError("/sys/kernel/security/lsm: No such file")), "frameworks")
     assert (found.ok, found.needed) == (False, True)
-    assert "/sys/kernel/security/lsm: No such file" in found.found
+    assert found.found == "mode: /sys/kernel/security/lsm: No such file"
     assert "mount -t securityfs" in found.advice
 
 

@@ -93,6 +93,11 @@ class AgentChannel:
         self._fault = "not connected"
 
     @property
+    def name(self) -> str:
+        """Whose channel it is; every error begins with it."""
+        return self._name
+
+    @property
     def fault(self) -> str:
         """Why nothing can be asked, for good once it was connected; empty while all is well."""
         return self._fault
