@@ -29,6 +29,9 @@ class Behaviour:
     auth: str = "publickey"
     more: bool = False
     """A key is not enough."""
+    other_keys: list[paramiko.PKey] = field(default_factory=list)
+    """Host keys besides the first."""
+    answers_keys: bool = True
     answers_exec: bool = True
     refuses_exec: bool = False
 
@@ -42,6 +45,8 @@ class _Session(paramiko.ServerInterface):
 
     def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
         self._server.users.append(username)
+        if not self._server.does.answers_keys:
+            self._server.stopped.wait(60)
         if "publickey" not in self._server.does.auth or key.asbytes() not in self._server.does.authorised:
             return AUTH_FAILED
         return AUTH_PARTIALLY_SUCCESSFUL if self._server.does.more else AUTH_SUCCESSFUL
@@ -85,7 +90,8 @@ class SshServer:
             while True:
                 sock, _ = self._listening.accept()
                 transport = paramiko.Transport(sock)
-                transport.add_server_key(self.host_key)
+                for key in (self.host_key, *self.does.other_keys):
+                    transport.add_server_key(key)
                 self._transports.append(transport)
                 with contextlib.suppress(paramiko.SSHException, EOFError):
                     transport.start_server(threading.Event(), server=_Session(self))
@@ -93,24 +99,33 @@ class SshServer:
     def execute(self, channel: paramiko.Channel, command: str) -> None:
         """Run `command` as sshd does: by a shell, its output and errors apart, and tell its exit status."""
         self.commands.append(command)
+        self._go(self._run, channel, command)
+
+    def _run(self, channel: paramiko.Channel, command: str) -> None:
+        # Not before the client's first bytes: a command that ends at once would close the channel before paramiko has
+        # told the client that it was accepted, which sshd never does
+        first = channel.recv(1 << 16)
+        if not first:
+            return
         process = subprocess.Popen(
             ["/bin/sh", "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env=self.does.environment, start_new_session=True, bufsize=0, **self.does.options,
         )  # fmt: skip
         self.processes.append(process)
-        self._go(self._input, channel, process)
+        self._go(self._input, channel, process, first)
         errors = threading.Thread(target=self._output, args=(process.stderr, channel.sendall_stderr), daemon=True)
         errors.start()
         self._go(self._output_and_end, channel, process, errors)
 
     @staticmethod
-    def _input(channel: paramiko.Channel, process: subprocess.Popen[bytes]) -> None:
+    def _input(channel: paramiko.Channel, process: subprocess.Popen[bytes], data: bytes) -> None:
         assert process.stdin is not None
         with contextlib.suppress(OSError), process.stdin:
-            while data := channel.recv(1 << 16):
+            while data:
                 left = memoryview(data)
                 while left:
                     left = left[process.stdin.write(left) :]
+                data = channel.recv(1 << 16)
 
     @staticmethod
     def _output(stream: Any, send: Callable[[bytes], None]) -> None:

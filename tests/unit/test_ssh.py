@@ -280,6 +280,15 @@ def test_a_key_of_another_kind_than_the_known_one_is_changed_too(home: SshHome) 
     assert "has CHANGED" in refused()
 
 
+def test_of_several_host_keys_the_known_one_is_asked_for(home: SshHome) -> None:
+    other = paramiko.RSAKey.generate(2048)  # which nobody prefers
+    home.server.does.other_keys = [other]
+    home.know(other)
+    opened = open_ssh("machine")
+    assert opened.login.host_key == f"ssh-rsa {other.fingerprint}"
+    opened.close()
+
+
 def test_a_revoked_host_key_is_refused(home: SshHome) -> None:
     good = home.known_hosts.read_text()
     home.know(home.server.host_key, "@revoked ")
@@ -397,6 +406,14 @@ def test_a_key_that_is_refused(home: SshHome) -> None:
     assert "`ssh machine` has to work" in words
 
 
+def test_a_server_that_never_answers_a_key(home: SshHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.server.does.answers_keys = False
+    monkeypatch.setattr(ssh_login, "SECONDS", 2.0)
+    start = time.monotonic()
+    assert "(Authentication timeout)" in refused()
+    assert time.monotonic() - start < 15
+
+
 def test_no_key_at_all(home: SshHome) -> None:
     home.key.unlink()
     assert f"no key to log in with, neither in an agent nor in {home.key}" in refused()
@@ -437,6 +454,12 @@ def test_an_agent_has_the_key_that_the_file_locks(home: SshHome, monkeypatch: py
         opened.close()
         home.config("IdentitiesOnly yes")
         open_ssh("machine").close()
+        allowed, home.server.does.authorised = home.server.does.authorised, []
+        words = refused()
+        assert re.search(
+            r"is not let in; refused: \S+ \S+ of the agent \(Authentication failed\)$", words, re.MULTILINE
+        )
+        home.server.does.authorised = allowed
         Path(f"{home.key}.pub").unlink()  # then nothing says that it is this file's key
         assert "is encrypted, and no agent has it; there is no other to try" in refused()
     finally:
@@ -638,6 +661,7 @@ def test_close_ends_the_agent_and_what_it_runs(home: SshHome, channel: SshChanne
     channel.close()
     thread.join(20)
     assert errors and "closed" in str(errors[0])
+    assert not channel._connection.transport.is_active()
     assert process.wait(20) == 0
     until(lambda: not alive(int(marker.read_text())), "what the agent ran goes on")
 

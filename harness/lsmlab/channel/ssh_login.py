@@ -182,8 +182,8 @@ def _authenticate(place: Place, transport: paramiko.Transport) -> str:
                     f"{place.asked}: no key may log in as {place.user}: sshd takes {', '.join(error.allowed_types)}",
                     hint="Have sshd take keys (PubkeyAuthentication yes): lsmlab gives no password.",
                 ) from None
-            except (paramiko.SSHException, EOFError, OSError):
-                refused.append(what)
+            except (paramiko.SSHException, EOFError, OSError) as error:
+                refused.append(f"{what} ({str(error)[:100].rstrip('.')})")
                 if not transport.is_active():  # too many for its MaxAuthTries
                     break
                 continue
