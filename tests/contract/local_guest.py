@@ -11,10 +11,15 @@ import sys
 import uuid
 from importlib import resources
 from pathlib import Path
+from typing import Self
+
+import pytest
 
 from lsmlab.channel.agent import AgentChannel
 from lsmlab.channel.base import Channel
+from lsmlab.channel.ssh import open_ssh
 from lsmlab.errors import MachineError
+from ssh_server import ssh_home
 
 STUB = Path(str(resources.files("lsmlab") / "image/overlay/usr/lib/lsmlab/agent"))
 MARK = "LSMLAB_LOCAL_AGENT"
@@ -44,7 +49,19 @@ def python_3_9() -> str | None:
     return None
 
 
-class LocalAgent:
+class NoMachine:
+    """What an agent alone cannot do."""
+
+    def snapshot(self, name: str) -> None:
+        """See `Machine.snapshot`."""
+        raise MachineError(f"no snapshot {name!r}: this is no machine")
+
+    def restore(self, name: str) -> None:
+        """See `Machine.restore`."""
+        raise MachineError(f"no snapshot {name!r}: this is no machine")
+
+
+class LocalAgent(NoMachine):
     """The agent as a machine that knows no snapshots. It is root where the tests are."""
 
     def __init__(self, folder: Path, python: str = sys.executable) -> None:
@@ -74,14 +91,6 @@ class LocalAgent:
         """The agent's process."""
         return self._process.pid
 
-    def snapshot(self, name: str) -> None:
-        """See `Machine.snapshot`."""
-        raise MachineError(f"no snapshot {name!r}: this is no machine")
-
-    def restore(self, name: str) -> None:
-        """See `Machine.restore`."""
-        raise MachineError(f"no snapshot {name!r}: this is no machine")
-
     def console_tail(self, lines: int = 15) -> str:
         """See `Machine.console_tail`. What the agent wrote to its standard error, whole."""
         return self._errors.read_text("utf-8", "backslashreplace")
@@ -95,3 +104,41 @@ class LocalAgent:
                 if folder.name.isdigit() and f"{MARK}={self._mark}".encode() in (folder / "environ").read_bytes():
                     os.kill(int(folder.name), signal.SIGKILL)
         self._agent.close()
+
+
+class AgentOverSsh(NoMachine):
+    """The agent behind an SSH server of this process, which logs in to a home in an empty `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        with contextlib.ExitStack() as held:
+            home = held.enter_context(ssh_home(folder))
+            if os.geteuid() != 0:  # then the agent is not root either, as everywhere in these tests
+                home.sudo_that_obeys()
+            environment = held.enter_context(pytest.MonkeyPatch.context())
+            environment.setenv("HOME", str(folder))
+            environment.delenv("SSH_AUTH_SOCK", raising=False)
+            self._agent = open_ssh("machine")
+            held.callback(self._agent.close)
+            environment.undo()
+            self._server = home.server
+            self._held = held.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def channel(self) -> Channel:
+        """See `Machine.channel`."""
+        return self._agent
+
+    def console_tail(self, lines: int = 15) -> str:
+        """See `Machine.console_tail`; there is none."""
+        return ""
+
+    def stop(self) -> None:
+        """See `Machine.stop`: the connection is cut first, as by a machine that loses its power."""
+        self._server.drop()
+        self._held.close()

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from contract.local_guest import LocalAgent, python_3_9
+from contract.local_guest import AgentOverSsh, LocalAgent, python_3_9
 from fakes import FakeMachine
 from lsmlab import attempt, discovery
 from lsmlab.bench import open_bench
@@ -75,7 +75,7 @@ MACHINES = pytest.mark.parametrize("opener", ["fake", VM], indirect=True)
 """For tests of a machine: the agent alone is none."""
 
 
-@pytest.fixture(scope="module", params=["fake", *AGENTS, VM])
+@pytest.fixture(scope="module", params=["fake", *AGENTS, "agent-over-ssh", VM])
 def opener(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opener]:
     """Opens a fresh machine, stopped at the end of the block."""
     if request.param == "fake":
@@ -103,6 +103,16 @@ def opener(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             assert machine.console_tail() == "", "the agent complains"
 
         yield local
+        return
+    if request.param == "agent-over-ssh":
+
+        @contextlib.contextmanager
+        def over_ssh() -> Iterator[Guest]:
+            folder = tmp_path_factory.mktemp("ssh")
+            with AgentOverSsh(folder) as machine:
+                yield Guest(machine, str(folder), "")
+
+        yield over_ssh
         return
     with open_bench(discovery.load_lab("debian-13"), Silent()) as bench:
 

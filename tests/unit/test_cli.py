@@ -25,6 +25,7 @@ from lsmlab.image import build
 from lsmlab.outcome import ArmRecord
 from lsmlab.store import Store
 from lsmlab.terms import Arm, Framework
+from ssh_server import ssh_home
 
 REPO = Path(__file__).resolve().parents[2]
 FLAGSHIP = "nginx-reads-shadow"
@@ -197,6 +198,7 @@ HELP = {
     "images build": "lsmlab images build debian-13",
     "images export": "lsmlab images export debian-13 debian-13.image.tar.gz",
     "images import": "lsmlab images import debian-13.image.tar.gz",
+    "doctor": "lsmlab doctor --ssh admin@web1.example.org",
     "scenarios": "lsmlab scenarios --framework apparmor --verdict NOT_CONTAINED",
     "new scenario": "lsmlab new scenario nginx-reads-my-key",
     "check": "lsmlab check nginx-reads-shadow --lab debian-13 --lab debian-12",
@@ -244,6 +246,10 @@ WRONG_USAGE: list[tuple[list[str], list[str]]] = [
     (["images", "import", "x.tar.gz", "--sha256", "abc"], ["--sha256 abc: expected 64 hexadecimal digits"]),
     (["images", "import"], ["FILE|URL"]),
     (["doctor", "--lab", "fedora"], ["unknown lab 'fedora'", "debian-13"]),
+    (["doctor", "--ssh", "web1:ssh"], ["--ssh 'web1:ssh': no name of a machine", "[USER@]HOST[:PORT]"]),
+    (["doctor", "--ssh", "vagrant:a b"], ["'a b' is no name of a machine of Vagrant"]),
+    (["doctor", "--ssh", "web1", "--lab", "fedora"], ["unknown lab 'fedora'", "debian-13"]),
+    (["doctor", "--ssh"], ["--ssh"]),
     (["shwo"], ["No such command 'shwo'", "'show'"]),
     (["run", "--json", "no/such/folder/out.json"], ["--json no/such/folder/out.json: cannot be written there"]),
     (["try", "--as", "nginx", "--json", "no/out.json", "--", "id"], ["--json no/out.json: cannot be written"]),
@@ -466,6 +472,34 @@ def test_doctor_says_what_is_missing_and_what_to_do(host: Host) -> None:
     rows = json.loads(host.lsmlab("doctor", "--json", "-").out)["findings"]
     assert {r["what"] for r in rows if r["needed"] and not r["ok"]} >= {QEMU, "mmdebstrap"}
     assert not host.home.exists(), "doctor looks and changes nothing"
+
+
+def test_doctor_looks_at_a_machine_over_ssh(host: Host) -> None:
+    with ssh_home(host.path) as machine:
+        machine.sudo_that_obeys()
+        found, as_json = host.side_by_side(
+            [["doctor", "--ssh", "machine"], ["doctor", "--ssh", "machine", "--json", "-"]]
+        )
+    assert found.err == "", found.err
+    assert re.search(r"^ok +SSH +tester at 127\.0\.0\.1 port ", found.out, re.MULTILINE), found.out
+    assert re.search(r"^ok +Python +Python 3\.", found.out, re.MULTILINE), found.out
+    rows = json.loads(as_json.out)["findings"]
+    lacking = [r["what"] for r in rows if r["needed"] and not r["ok"]]
+    end = f"Not ready: {', '.join(lacking)}." if lacking else "Ready: machine lacks nothing that a lab needs."
+    assert found.out.endswith(f"{end}\n")
+    assert found.code == as_json.code == (3 if lacking else 0)
+    assert [r["what"] for r in rows][:4] == ["SSH", "system", "root", "Python"]
+    assert not host.home.exists()
+    assert not host.called(QEMU)
+
+
+def test_doctor_does_not_know_the_machine(host: Host) -> None:
+    with ssh_home(host.path) as machine:
+        machine.known_hosts.unlink()
+        complaint = host.lsmlab("doctor", "--ssh", "machine").refused(3)
+        assert machine.server.host_key.fingerprint in complaint
+        assert "paramiko" not in complaint
+        assert not machine.known_hosts.exists()
 
 
 @needs_space

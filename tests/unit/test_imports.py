@@ -37,7 +37,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "evidence dac",
         # guests
         "channel channel.base",
-        "channel.agent",
+        "channel.agent channel.ssh_host",
+        "channel.ssh_login",
+        "channel.ssh",
         "image image.policy image.probe",
         "image.build",
         "image.archive",
@@ -62,6 +64,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "check.definitions check.policies",
         "check",
         "doctor",
+        "survey",
         # what people read
         "report report.tables",
         "report.progress report.text",

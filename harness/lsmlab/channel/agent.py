@@ -76,7 +76,10 @@ class _Lines(asyncio.Protocol):
 
 
 class AgentChannel:
-    """A channel over one end of a socket pair whose other end is QEMU's virtio-serial port. Safe for all threads."""
+    """A channel over one end of a socket pair: at its other end is QEMU's virtio-serial port, or what passes on to SSH.
+
+    Safe for all threads.
+    """
 
     def __init__(self, sock: socket.socket, name: str) -> None:
         self._name = name
@@ -88,6 +91,11 @@ class AgentChannel:
         # Not from 1: a guest from a saved state may still answer what another channel asked
         self._numbers = itertools.count(secrets.randbits(48))
         self._fault = "not connected"
+
+    @property
+    def name(self) -> str:
+        """Whose channel it is; every error begins with it."""
+        return self._name
 
     @property
     def fault(self) -> str:

@@ -1,4 +1,4 @@
-"""This machine: `labs`, `images`, `doctor`."""
+"""This machine: `labs`, `images`, `doctor`; which looks at another one as well."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import typer
 from lsmlab import cache, discovery, doctor, inventory, paths
 from lsmlab.cli.base import (
     AS_EXPECTED,
+    EPILOG,
     ERROR,
     NOT_AS_EXPECTED,
     JsonOption,
-    LabOption,
     QuietOption,
     app,
     console,
@@ -185,16 +185,59 @@ def images_prune(
         raise typer.Exit(NOT_AS_EXPECTED)
 
 
-@app.command("doctor")
-def doctor_command(lab: LabOption = discovery.DEFAULT_LAB, json_file: JsonOption = None) -> None:
-    """Say what this machine has and lacks for running a lab, and what to do."""
+@app.command("doctor", epilog=EPILOG)
+def doctor_command(
+    lab: Annotated[
+        str | None,
+        typer.Option(
+            "--lab",
+            "-l",
+            help=f"The lab to be ready for, {discovery.DEFAULT_LAB} by default; with --ssh, the one whose services are "
+            "looked at, by default every lab's.",
+            autocompletion=lab_names,
+        ),
+    ] = None,
+    ssh: Annotated[
+        str | None,
+        typer.Option(
+            "--ssh", metavar="HOST", help="Look at this machine, over SSH: alias, [USER@]HOST[:PORT], vagrant:NAME."
+        ),
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Say what this machine has and lacks for running a lab, and what to do; or another one for being a lab.
+
+    Nothing is changed. Over SSH your own ~/.ssh/config, known_hosts and keys count, and nothing is asked; the agent is
+    root on that machine, by sudo if need be, for as long as the look takes.
+
+    Examples:
+
+        lsmlab doctor --lab debian-12
+
+        lsmlab doctor --ssh admin@web1.example.org --json -
+
+        lsmlab doctor --ssh vagrant:default
+    """
     see_json_target(json_file)
-    findings = doctor.examine(discovery.load_lab(lab))
+    if ssh is None:
+        findings, ready = doctor.examine(discovery.load_lab(lab or discovery.DEFAULT_LAB)), "lsmlab can run here"
+    else:
+        labs = [discovery.load_lab(name) for name in ([lab] if lab else discovery.labs().ids)]
+        findings = _surveyed(ssh, {service.unit for one in labs for service in one.services.values()})
+        ready = f"{ssh} lacks nothing that a lab needs"
     if json_file is not None:
         rows = [
             {"what": f.what, "ok": f.ok, "needed": f.needed, "found": f.found, "advice": f.advice} for f in findings
         ]
         write_json(json.dumps({"schema": 1, "findings": rows}, indent=1) + "\n", json_file)
     else:
-        console().print(trials.findings_table(findings))
+        console().print(trials.findings_table(findings, ready))
     raise typer.Exit(ERROR if any(f.needed and not f.ok for f in findings) else AS_EXPECTED)
+
+
+def _surveyed(name: str, units: set[str]) -> list[doctor.Finding]:
+    from lsmlab import survey  # noqa: PLC0415 - paramiko takes longer to load than most commands run
+    from lsmlab.channel.ssh import open_ssh  # noqa: PLC0415 - same
+
+    with contextlib.closing(open_ssh(name)) as channel:
+        return survey.examine(channel, channel.login, units)

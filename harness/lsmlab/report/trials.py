@@ -51,8 +51,8 @@ def trial_table(question: Question, lab: Lab, answers: Sequence[TrialArm]) -> Re
     return Group(*parts)
 
 
-def findings_table(findings: Sequence[Finding]) -> RenderableType:
-    """What `doctor` found, with what to do below each lack."""
+def findings_table(findings: Sequence[Finding], ready: str = "lsmlab can run here") -> RenderableType:
+    """What `doctor` found, with what to do below each lack; `ready` says what is possible where nothing lacks."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
@@ -64,7 +64,7 @@ def findings_table(findings: Sequence[Finding]) -> RenderableType:
         body = Text(clean(finding.found))
         if finding.advice:
             body.append(f"\n{finding.advice}", style="italic")
-        table.add_row(mark, finding.what, body)
+        table.add_row(mark, Text(finding.what), body)
     lacking = [f.what for f in findings if f.needed and not f.ok]
-    end = f"Not ready: {', '.join(lacking)}." if lacking else "Ready: lsmlab can run here."
+    end = f"Not ready: {', '.join(lacking)}." if lacking else f"Ready: {ready}."
     return Group(table, Text(f"\n{end}", style="bold"))

@@ -1,0 +1,187 @@
+"""The agent on a machine that is there already, over SSH: the same program, the same lines, and no file written there.
+
+The remote command is a python3 that reads the agent from its standard input, as the stub of our images does from the
+port; by sudo where the user is not root. It ends with the connection.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import shlex
+import socket
+import threading
+
+import paramiko
+
+from lsmlab.channel import ssh_host
+from lsmlab.channel.agent import AgentChannel
+from lsmlab.channel.ssh_login import SECONDS, Connection, Login, log_in
+from lsmlab.errors import ChannelError
+
+START_SECONDS = 60.0
+"""How long the agent may take from the command to its first word: sudo may look into a directory service."""
+END_SECONDS = 5.0
+"""How long the remote process may take to end before the connection is closed all the same."""
+ERROR_BYTES = 2000
+"""As much of the remote process's last errors is kept."""
+START = "import base64,sys;exec(base64.b64decode(sys.argv[1]))"
+LOADER = f"""
+import base64, os, sys, types
+if sys.version_info < (3, 9):
+    sys.exit("lsmlab: its python3 is %d.%d, and the agent takes 3.9 or later" % sys.version_info[:2])
+if os.geteuid() != 0 and len(sys.argv) < 3:
+    os.environ["LC_ALL"] = "C"
+    try:
+        os.execvp("sudo", ["sudo", "-n", "--", "python3", "-I", "-B", "-c", {START!r}, sys.argv[1], "as root"])
+    except OSError as error:
+        sys.exit("lsmlab: sudo does not start: " + error.strerror)
+kept = b""
+while b"\\n" not in kept:
+    part = os.read(0, 1 << 16)
+    if not part:
+        sys.exit("lsmlab: the agent did not arrive")
+    kept += part
+agent = types.ModuleType("agent")
+sys.modules["agent"] = agent
+exec(compile(base64.b64decode(kept), "agent", "exec"), agent.__dict__)
+os.write(1, b"\\nready\\n")
+agent.serve(0, 1)
+for thread in os.listdir("/proc/self/task"):
+    for child in agent.text_of("/proc/self/task/" + thread + "/children").split():
+        agent._end_session(int(child))
+os._exit(0)
+"""
+"""Runs as the login user, then once more by sudo. What is still running when the connection ends is ended with it."""
+COMMAND = shlex.join(["python3", "-I", "-B", "-c", START, base64.b64encode(LOADER.encode()).decode()])
+"""One line and plain words, for whatever shell the user has there. -B: not even a cache of Python's is written."""
+
+
+class SshChannel(AgentChannel):
+    """A channel to a machine over SSH. Safe for all threads. See `open_ssh`."""
+
+    def __init__(self, connection: Connection, remote: paramiko.Channel) -> None:
+        ours, self._theirs = socket.socketpair()
+        super().__init__(ours, connection.place.asked)
+        self._connection = connection
+        self._remote = remote
+        self._why = ""
+        self._errors = bytearray()
+        names = ("errors", "answers", "questions")
+        work = (self._read_errors, self._pass_answers, self._pass_questions)
+        self._pumps = [
+            threading.Thread(target=do, name=f"lsmlab-ssh-{name}", daemon=True)
+            for do, name in zip(work, names, strict=True)
+        ]
+        for pump in self._pumps:
+            pump.start()
+
+    @property
+    def login(self) -> Login:
+        """As whom we are in."""
+        return self._connection.login
+
+    def _read_errors(self) -> None:
+        while data := self._remote.recv_stderr(1 << 16):
+            self._errors = (self._errors + data)[-ERROR_BYTES:]
+
+    def _pass_answers(self) -> None:
+        with contextlib.suppress(OSError):  # closed on our side
+            while data := self._remote.recv(1 << 16):
+                self._theirs.sendall(data)
+        self._remote.status_event.wait(END_SECONDS)
+        self._pumps[0].join(END_SECONDS)
+        self._why = self._how_it_ended()
+        with contextlib.suppress(OSError):
+            self._theirs.shutdown(socket.SHUT_RDWR)
+
+    def _pass_questions(self) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            while data := self._theirs.recv(1 << 16):
+                self._remote.sendall(data)
+            self._remote.shutdown_write()
+
+    def _how_it_ended(self) -> str:
+        words = self._words()
+        status = self._remote.exit_status
+        how = "the connection was lost" if status < 0 else f"the agent ended with exit status {status}"
+        return f"{how}: {words}" if words else how
+
+    def _words(self) -> str:
+        return self._errors.decode("utf-8", "backslashreplace").strip()
+
+    def _lost(self, fault: str) -> None:
+        super()._lost(self._why or fault)
+
+    def bootstrap(self, timeout: float) -> None:
+        """See `AgentChannel.bootstrap`. Raises ChannelError that says what the machine lacks."""
+        try:
+            super().bootstrap(timeout)
+        except ChannelError as error:
+            raise self._not_started(error) from None
+
+    def _not_started(self, error: ChannelError) -> ChannelError:
+        words, user = self._words(), self.login.user
+        last = words.rpartition("\n")[2]
+        if self._remote.exit_status == 127:
+            return ChannelError(
+                f"{self._name}: no python3 is found for {user}: {last}",
+                hint="Install Python 3.9 or later there (Debian, Ubuntu and Fedora: the package python3).",
+            )
+        if last.startswith("lsmlab: its python3"):
+            return ChannelError(f"{self._name}: {last.removeprefix('lsmlab: ')}", hint="Install a later one there.")
+        if "sudo: " in words:
+            return ChannelError(
+                f"{self._name}: {user} is not root there and may not become it without a password: {last}",
+                hint=f"Log in as root, or give {user} a line in sudoers: `{user} ALL=(ALL) NOPASSWD: ALL`. "
+                "sudo says the same to a user who is in no line of sudoers at all.",
+            )
+        return error
+
+    def close(self) -> None:
+        """End the agent, all that it runs, and the connection. Never raises, and may be called twice."""
+        super().close()
+        self._remote.status_event.wait(END_SECONDS)
+        self._connection.close()
+        for pump in self._pumps:
+            pump.join(END_SECONDS)
+        self._theirs.close()
+
+
+def open_ssh(name: str) -> SshChannel:
+    """Log in to the machine that `name` stands for, and start the agent there as root; the caller closes it.
+
+    Raises DefinitionError for what is no name, HostError for what is wrong with this machine's own SSH files, and
+    ChannelError that says which step failed and what to do.
+    """
+    connection = log_in(ssh_host.find(name))
+    try:
+        remote = _start(connection)
+    except BaseException:
+        connection.close()
+        raise
+    channel = SshChannel(connection, remote)
+    try:
+        channel.connect()
+        channel.bootstrap(START_SECONDS)
+    except BaseException:
+        channel.close()
+        raise
+    return channel
+
+
+def _start(connection: Connection) -> paramiko.Channel:
+    """Start the remote command."""
+    limit = threading.Timer(SECONDS, connection.transport.close)  # exec_command() itself waits for ever
+    limit.start()
+    try:
+        remote = connection.transport.open_session(timeout=SECONDS)
+        remote.exec_command(COMMAND)
+    except (paramiko.SSHException, EOFError, OSError) as error:
+        raise ChannelError(
+            f"{connection.place.asked}: {connection.login.user} is let in, and may run no command: {error}",
+            hint="See what sshd there allows this user: ForceCommand, a restricted key, MaxSessions.",
+        ) from None
+    finally:
+        limit.cancel()
+    return remote
