@@ -19,6 +19,7 @@ from typing import NoReturn
 import paramiko
 from paramiko.pkey import PublicBlob, UnknownKeyType
 
+from lsmlab import host
 from lsmlab.channel.ssh_host import Place, known_keys
 from lsmlab.errors import ChannelError
 
@@ -106,7 +107,9 @@ def _through_proxy(place: Place, held: contextlib.ExitStack) -> tuple[Words, soc
     held.callback(os.close, errors)
     with theirs:
         try:
-            process = subprocess.Popen(place.proxy, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=errors)
+            process = subprocess.Popen(
+                place.proxy, env=host.environment(), stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=errors
+            )
         except OSError as error:
             raise ChannelError(
                 f"{place.asked}: {place.proxy[0]}, its proxy, does not start: {error.strerror}"
