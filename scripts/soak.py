@@ -39,6 +39,8 @@ RIGHT = {Verdict.CONTAINED, Verdict.ERROR, Verdict.INCONCLUSIVE}
 """What may be said of an experiment that contains, and that something happens to. All else is wrong."""
 LONGEST = 11.0
 """Seconds into a run within which its fault comes."""
+MISSES = 20
+"""After so many clean outcomes instead there is something wrong with this machine."""
 
 
 def kill_qemu(machine: QemuMachine) -> None:
@@ -188,9 +190,11 @@ def main() -> int:
             name = list(FAULTS)[number % len(FAULTS)]
             clean: list[Outcome] = []
             outcomes, hit = with_fault(lab, store, name)
-            while not hit:
+            while not hit and len(clean) < MISSES:
                 clean += outcomes
                 outcomes, hit = with_fault(lab, store, name)
+            if not hit:
+                raise SystemExit(f"{number + 1}, {name}: no guest could be hit")
             counts.update((name, o.verdict) for o in outcomes)
             problems += [f"{number + 1}, {name}: {words}" for o in outcomes if (words := wrong(o))]
             clean += clean_run(lab, store)

@@ -36,6 +36,10 @@ class ImageError(LsmlabError):
     """A lab's disk could not be built, or the cached one is damaged."""
 
 
+class DamagedError(ImageError):
+    """What came from elsewhere is not whole, or not what it says it is: it has to be fetched again."""
+
+
 class DownloadError(LsmlabError):
     """A file could not be fetched from elsewhere."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import struct
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from entries import Notes, put
 
 from lsmlab import cache, discovery, paths
-from lsmlab.errors import HostError, ImageError, LsmlabError
+from lsmlab.errors import DamagedError, HostError, ImageError, LsmlabError
 from lsmlab.image import archive, build
 from lsmlab.lab import Lab
 
@@ -93,6 +95,13 @@ def link(members: Members) -> Members:
     return [(info, b"") if m.name == "initrd" else (m, data) for m, data in members]
 
 
+def extended(members: Members) -> Members:
+    """A header of the kind that says more of the next one, and may be of any size."""
+    info = tarfile.TarInfo("anything")
+    info.type, info.size = tarfile.XHDTYPE, 1 << 16
+    return [members[0], (info, b"0" * info.size), *members[1:]]
+
+
 def climbing(members: Members) -> Members:
     """A member that lies above the folder that is unpacked to."""
     return [*members, (tarfile.TarInfo("../../climbed"), b"x")]
@@ -153,7 +162,9 @@ def test_the_digest_is_compared_first(elsewhere: Path) -> None:
         (lambda members: [*members, members[-1]], "'packages' is not what the manifest says"),
         (lambda members: [(m, d + b"x" if m.name == "initrd" else d) for m, d in members], "'initrd' is not what"),
         (lambda members: [(m, d[::-1] if m.name == "initrd" else d) for m, d in members], "initrd is damaged"),
-        (link, "'initrd' is not what the manifest says"),
+        (link, "'initrd' is no plain file"),
+        (extended, "'anything' is no plain file"),
+        (manifest(asked={"nginx": 1}), "its manifest is none of an image"),
         (climbing, "'../../climbed' is not what the manifest says"),
         (holding("disk.qcow2", disk(backing=512)), "its header names another file"),
         (holding("disk.qcow2", disk(features=4)), "its header names another file"),
@@ -167,6 +178,27 @@ def test_what_is_no_image_of_ours_is_refused(elsewhere: Path, change: Callable[[
     assert isinstance(error, ImageError)
     assert words in error.message
     assert not list(paths.cache().parent.rglob("climbed"))
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE])
+def test_what_an_archive_says_of_itself_takes_no_memory_and_no_time(elsewhere: Path, kind: bytes) -> None:
+    header = tarfile.TarInfo("manifest.json")
+    header.type, header.size = kind, 1 << 33
+    bomb = elsewhere.with_name("bomb")
+    with gzip.open(bomb, "wb", compresslevel=1) as file:
+        file.write(header.tobuf(tarfile.GNU_FORMAT) + bytes(32 << 20))
+    tracemalloc.start()
+    error = refused(str(bomb))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert isinstance(error, DamagedError)
+    assert peak < 4 << 20
+
+
+@pytest.mark.parametrize("start", [b"\x1f\x8b\x08\x04\xff", b"\x1f\x8b\x08\x00", b"\x1f\x8b" * 300, b"BZh9", b"PK"])
+def test_what_begins_like_something_else_is_refused(elsewhere: Path, start: bytes) -> None:
+    elsewhere.write_bytes(start)
+    assert isinstance(refused(str(elsewhere)), DamagedError)
 
 
 def test_half_an_archive_is_refused_wherever_it_ends(elsewhere: Path, tmp_path: Path) -> None:
@@ -193,7 +225,7 @@ def test_every_flipped_byte_is_noticed(elsewhere: Path, tmp_path: Path, lab: Lab
 def test_a_file_that_is_none_is_told(elsewhere: Path, tmp_path: Path, what: str) -> None:
     error = refused(str(tmp_path / "none" if what == "nothing" else tmp_path))
     assert isinstance(error, HostError)
-    assert ("there is no such file" if what == "nothing" else "Is a directory") in error.message
+    assert ("No such file or directory" if what == "nothing" else "Is a directory") in error.message
 
 
 def test_an_image_larger_than_the_disk_is_refused_before_it_is_unpacked(elsewhere: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 from entries import Notes
 
 from lsmlab import cache, download, inventory
-from lsmlab.errors import DownloadError, HostError, ImageError, LsmlabError
+from lsmlab.errors import DamagedError, DownloadError, HostError, ImageError, LsmlabError
 
 CONTENT = os.urandom(3 << 20)
 
@@ -30,6 +31,7 @@ class Server(ThreadingHTTPServer):
         self.status = 200
         self.cut: Iterator[int] = itertools.repeat(1 << 40)
         self.length = True
+        self.headers: dict[str, str] = {}
         self.asked: list[str | None] = []
         """The Range of each request."""
 
@@ -64,6 +66,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("ETag", server.tag)
         if server.length:
             self.send_header("Content-Length", str(len(body)))
+        for name, value in server.headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body[: next(server.cut)])
 
@@ -96,6 +100,13 @@ def refused(address: str) -> LsmlabError:
     with pytest.raises(LsmlabError) as caught:
         fetch(address)
     return caught.value
+
+
+def answering_range(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """Have the server say of a part that it is another one."""
+    send = Handler.send_header
+    other = {"Content-Range": value}
+    monkeypatch.setattr(Handler, "send_header", lambda self, name, was: send(self, name, str(other.get(name, was))))
 
 
 def kept(home: Path) -> list[bytes]:
@@ -141,8 +152,59 @@ def test_a_whole_file_that_could_not_be_used_is_kept(server: Server, home: Path)
 
 def test_a_file_that_is_at_fault_itself_is_not_kept(server: Server, home: Path) -> None:
     with pytest.raises(ImageError), download.fetched(server.address, Notes(), "image"):
-        raise ImageError("its digest is another")
+        raise ImageError("of a lab that is not known in this folder")
+    assert kept(home) == [CONTENT]
+    with pytest.raises(DamagedError), download.fetched(server.address, Notes(), "image"):
+        raise DamagedError("its digest is another")
     assert kept(home) == []
+
+
+def test_a_server_that_sends_more_than_it_said_is_not_believed(
+    server: Server, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.cut = iter([1 << 20, 1 << 40])
+    refused(server.address)
+    answering_range(monkeypatch, f"bytes {1 << 20}-{len(CONTENT) - 1}/{(1 << 20) + 10}")
+    assert "sends more than it said" in refused(server.address).message
+    assert len(kept(home)[0]) <= (1 << 20) + 10
+
+
+def test_a_file_that_is_packed_on_the_way_is_refused(server: Server, home: Path) -> None:
+    server.content = gzip.compress(bytes(8 << 20))
+    server.headers = {"Content-Encoding": "gzip"}
+    assert "packs the file anew" in refused(server.address).message
+    assert kept(home) == []
+
+
+def test_of_a_file_without_a_length_no_more_is_taken_than_there_is_room(
+    server: Server, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.length, server.tag = False, None
+    monkeypatch.setattr(cache, "free_mib", lambda: download.ROOM_MIB - 1)
+    assert "MiB free; the next part of the download takes up to" in refused(server.address).message
+
+
+@pytest.mark.parametrize("address", ["http://", "http://[::1/", "http://a..b/x", "http://127.0.0.1:99999999/x"])
+def test_an_address_that_is_none_is_told(address: str) -> None:
+    error = refused(address)
+    assert isinstance(error, DownloadError)
+    assert "See that the address is right" in error.hint
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "http://.a..b/", "http://[::1/"])
+def test_a_redirection_to_nowhere_is_told(server: Server, target: str) -> None:
+    server.status, server.headers = 302, {"Location": target}
+    assert isinstance(refused(server.address), DownloadError)
+
+
+def test_what_may_be_secret_in_an_address_is_not_shown(server: Server) -> None:
+    server.status = 404
+    secret = server.address.replace("//", "//bob:s3cret@") + "?signed=s3cret#s3cret"
+    notes = Notes()
+    with pytest.raises(DownloadError) as caught, download.fetched(secret, notes, "image"):
+        pass
+    assert "s3cret" not in str(caught.value) + "".join(notes.steps)
+    assert download.shown(secret) == server.address
 
 
 def test_more_than_the_server_has_is_told(server: Server, home: Path) -> None:
@@ -172,9 +234,7 @@ def test_what_no_server_vouches_for_is_not_gone_on_with(server: Server, tag: str
 def test_a_server_that_sends_another_part_is_not_believed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.cut = iter([1 << 20, 1 << 40])
     refused(server.address)
-    send = Handler.send_header
-    other = {"Content-Range": f"bytes 5-{len(CONTENT) - 1}/{len(CONTENT)}"}
-    monkeypatch.setattr(Handler, "send_header", lambda self, name, value: send(self, name, str(other.get(name, value))))
+    answering_range(monkeypatch, f"bytes 5-{len(CONTENT) - 1}/{len(CONTENT)}")
     assert "another part than was asked for" in refused(server.address).message
 
 
@@ -193,7 +253,7 @@ def test_a_server_that_is_not_there_is_told() -> None:
     error = refused(f"http://127.0.0.1:{port}/image")
     assert isinstance(error, DownloadError)
     assert "Connection refused" in error.message
-    assert error.hint == "Try again later."
+    assert error.hint == "See that the address is right, or try again later."
 
 
 @pytest.mark.parametrize("address", ["ftp://example.org/x", "file:///etc/passwd"])

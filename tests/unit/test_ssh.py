@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import os
@@ -374,6 +375,17 @@ def copy(source, target):
 threading.Thread(target=copy, args=(here, link), daemon=True).start()
 copy(link, here)
 """
+
+
+def test_an_agent_that_never_answers_is_no_agent(
+    home: SshHome, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ssh_login, "SECONDS", 0.5)
+    with socket.socket(socket.AF_UNIX) as stale, contextlib.ExitStack() as held:
+        stale.bind(str(tmp_path / "stale"))
+        stale.listen()
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "stale"))
+        assert ssh_login._agent(held) == ()
 
 
 def test_a_proxy_command(home: SshHome) -> None:

@@ -9,8 +9,10 @@ import contextlib
 import logging
 import os
 import shlex
+import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,20 +110,31 @@ def _through_proxy(place: Place, held: contextlib.ExitStack) -> tuple[Words, soc
     with theirs:
         try:
             process = subprocess.Popen(
-                place.proxy, env=host.environment(), stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=errors
+                place.proxy,
+                env=host.environment(),
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=errors,
+                start_new_session=True,
             )
         except OSError as error:
             raise ChannelError(
                 f"{place.asked}: {place.proxy[0]}, its proxy, does not start: {error.strerror}"
             ) from None
     held.callback(process.wait)
-    held.callback(process.kill)
+    held.callback(_end, process)
 
     def words() -> str:
         said = os.pread(errors, 2000, 0).decode("utf-8", "backslashreplace").strip()
         return f"\n  its proxy, {shlex.join(place.proxy)[:300]}: {said}"
 
     return words, ours
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a proxy, and what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _exchange_keys(place: Place, transport: paramiko.Transport, words: Words) -> paramiko.PKey:
@@ -238,11 +251,18 @@ def _offers(place: Place, held: contextlib.ExitStack, locked: list[Path]) -> Ite
 
 
 def _agent(held: contextlib.ExitStack) -> tuple[paramiko.AgentKey, ...]:
-    with contextlib.suppress(paramiko.SSHException, OSError):
-        agent = paramiko.Agent()
+    found: list[paramiko.Agent] = []
+
+    def ask() -> None:  # without a limit of its own, and an agent that is stale may never answer
+        with contextlib.suppress(paramiko.SSHException, OSError):
+            found.append(paramiko.Agent())
+
+    asking = threading.Thread(target=ask, name="lsmlab-ssh-agent", daemon=True)
+    asking.start()
+    asking.join(SECONDS)
+    for agent in found:
         held.callback(agent.close)
-        return agent.get_keys()
-    return ()
+    return tuple(key for agent in found for key in agent.get_keys())
 
 
 def _public(path: Path) -> bytes | None:

@@ -1,14 +1,16 @@
 """A finished image as one file: made on one machine, taken into another's cache, where nothing can be built.
 
 A tar file, compressed with gzip: the image's manifest, and then the files that it names, with their digests. An archive
-may come from anywhere. So members are written by the manifest's names alone, as plain files of the sizes that it says,
-and a disk whose header names other files is refused.
+may come from anywhere. So it is read header by header, and none but a plain file's is taken: extended ones may be of
+any size. Members are written by the manifest's names alone, of the sizes that it says, and a disk whose header names
+other files is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import gzip
 import hashlib
 import json
 import os
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lsmlab import cache, discovery
-from lsmlab.errors import DefinitionError, HostError, ImageError
+from lsmlab.errors import DamagedError, DefinitionError, HostError, ImageError
 from lsmlab.image import build
 from lsmlab.image.build import Image
 from lsmlab.lab import Lab
@@ -75,7 +77,8 @@ def write(lab: Lab, target: Path, progress: Progress) -> Archive:
         except OSError as error:
             raise HostError(f"{target}: cannot be written: {error.strerror or error}") from error
         finally:
-            draft.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
         progress.done(task)
     return Archive(image, target, hashed.digest.hexdigest())
 
@@ -101,7 +104,7 @@ class _Hashed:
 def _write_members(folder: Path, to: Any, progress: Progress, task: str) -> None:
     total = sum((folder / name).stat().st_size for name in build.FILES)
     done = 0
-    with tarfile.open(fileobj=to, mode="w:gz", compresslevel=LEVEL, format=tarfile.PAX_FORMAT) as archive:
+    with tarfile.open(fileobj=to, mode="w:gz", compresslevel=LEVEL, format=tarfile.GNU_FORMAT) as archive:
         for name in (cache.MANIFEST, *build.FILES):
             progress.step(task, f"writing {name}: {done * 100 // total} % done")
             member = tarfile.TarInfo(name)
@@ -117,7 +120,8 @@ def _write_members(folder: Path, to: Any, progress: Progress, task: str) -> None
 def read(source: str, progress: Progress, *, sha256: str = "") -> Imported:
     """Take an image from an archive, a file or an http(s) address, into the cache. `sha256`: the file's, if known.
 
-    Raises HostError, DownloadError; ImageError where the archive is damaged, is none, or fits no lab here.
+    Raises HostError, DownloadError; DamagedError where the archive is not whole or is none, ImageError where it fits no
+    lab here.
     """
     from lsmlab import download  # noqa: PLC0415 - its library takes a moment that no other command has to wait for
 
@@ -125,19 +129,20 @@ def read(source: str, progress: Progress, *, sha256: str = "") -> Imported:
     with contextlib.ExitStack() as held:
         if download.is_address(source):
             path = held.enter_context(download.fetched(source, progress, task))
+            source = download.shown(source)
         else:
             path = Path(source)
         try:
+            raw = held.enter_context(path.open("rb"))
             if sha256:
                 progress.step(task, "computing the digest")
                 _see_digest(source, path, sha256)
-            imported = _read(source, path, progress, task)
-        except FileNotFoundError:
-            raise HostError(f"{source}: there is no such file") from None
-        except (tarfile.TarError, EOFError, zlib.error) as error:
-            raise ImageError(f"{source}: is no whole archive of an image: {error}", hint=AGAIN) from error
         except OSError as error:
             raise HostError(f"{source}: {error.strerror or error}") from error
+        try:
+            imported = _read(source, held.enter_context(gzip.open(raw)), progress, task)
+        except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DamagedError(f"{source}: is no whole archive of an image: {error}", hint=AGAIN) from error
     progress.done(task)
     return imported
 
@@ -145,13 +150,49 @@ def read(source: str, progress: Progress, *, sha256: str = "") -> Imported:
 def _see_digest(source: str, path: Path, sha256: str) -> None:
     found = cache.file_digest(path)
     if found != sha256.lower():
-        raise ImageError(f"{source}: its SHA-256 is {found}, expected {sha256.lower()}", hint=AGAIN)
+        raise DamagedError(f"{source}: its SHA-256 is {found}, expected {sha256.lower()}", hint=AGAIN)
 
 
-def _read(source: str, path: Path, progress: Progress, task: str) -> Imported:
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A plain file of an archive, to be read before the next. `size` in bytes."""
+
+    name: str
+    size: int
+    pieces: Iterator[bytes]
+
+
+def _walk(source: str, archive: gzip.GzipFile) -> Iterator[_Member]:
+    """The archive's files, one header after the other. Raises DamagedError at anything that is no plain file."""
+    while True:
+        block = _exactly(archive, tarfile.BLOCKSIZE)
+        if not any(block):
+            return
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
+        if header.type != tarfile.REGTYPE or header.size < 0:
+            raise DamagedError(f"{source}: {header.name!r:.100} is no plain file", hint=AGAIN)
+        yield _Member(header.name, header.size, _pieces(archive, header.size))
+        _exactly(archive, -header.size % tarfile.BLOCKSIZE)
+
+
+def _pieces(archive: gzip.GzipFile, size: int) -> Iterator[bytes]:
+    while size:
+        piece = _exactly(archive, min(size, cache.CHUNK))
+        size -= len(piece)
+        yield piece
+
+
+def _exactly(archive: gzip.GzipFile, size: int) -> bytes:
+    data = archive.read(size)
+    if len(data) < size:
+        raise EOFError("it ends too early")
+    return data
+
+
+def _read(source: str, archive: gzip.GzipFile, progress: Progress, task: str) -> Imported:
     with contextlib.ExitStack() as held:
-        archive = held.enter_context(tarfile.open(path, "r|*"))
-        manifest = _manifest(source, archive.next(), archive)
+        members = _walk(source, archive)
+        manifest = _manifest(source, next(members, None))
         lab = _lab(source, manifest)
         sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
         with cache.lock(build.lock_of(lab), waiting=lambda: progress.step(task, "another run has this image; waiting")):
@@ -160,9 +201,9 @@ def _read(source: str, path: Path, progress: Progress, task: str) -> Imported:
                 return Imported(there, there=True)
             work = held.enter_context(cache.making("import", f"{source} was unpacked"))
             cache.need_mib(sum(sizes.values()) >> 20, "the image")
-            for name, size, content in _members(source, archive, sizes):
-                progress.step(task, f"unpacking {name} ({size >> 20} MiB)")
-                _unpack(source, content, work / name, manifest["files"][name]["sha256"])
+            for member in _expected(source, members, sizes):
+                progress.step(task, f"unpacking {member.name} ({member.size >> 20} MiB)")
+                _unpack(source, member, work / member.name, manifest["files"][member.name]["sha256"])
             see_plain_disk(work / "disk.qcow2", lab.image.disk_mib << 20)
             about = {key: value for key, value in manifest.items() if key != "files"}
             about["imported"] = {
@@ -177,25 +218,24 @@ def _read(source: str, path: Path, progress: Progress, task: str) -> Imported:
     return Imported(image, there=False)
 
 
-def _manifest(source: str, member: tarfile.TarInfo | None, archive: tarfile.TarFile) -> dict[str, Any]:
-    """The archive's first member. Raises ImageError where it is no image's manifest."""
-    if member is None or member.name != cache.MANIFEST or not member.isreg() or member.size > MOST_MANIFEST:
-        raise ImageError(f"{source}: is no archive of an image: it does not begin with {cache.MANIFEST}")
-    content = archive.extractfile(member)
+def _manifest(source: str, member: _Member | None) -> dict[str, Any]:
+    """The archive's first member. Raises DamagedError where it is no image's manifest."""
+    if member is None or member.name != cache.MANIFEST or member.size > MOST_MANIFEST:
+        raise DamagedError(f"{source}: is no archive of an image: it does not begin with {cache.MANIFEST}")
     try:
-        found = json.loads(content.read() if content else b"")
+        found = json.loads(b"".join(member.pieces))
         files = found["files"]
         plain = all(
             type(entry["bytes"]) is int and entry["bytes"] >= 0 and len(bytes.fromhex(entry["sha256"])) == 32
             for entry in files.values()
         )
         texts = all(type(found[key]) is str for key in ("lab", "recipe", "built", "kernel_release"))
-        names = all(type(name) is str for name in found["asked"])
+        names = type(found["asked"]) is list and all(type(name) is str for name in found["asked"])
         versions = all(type(part) is str for pair in found["packages"].items() for part in pair)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ImageError(f"{source}: its manifest is none of an image: {error!r:.200}") from error
+        raise DamagedError(f"{source}: its manifest is none of an image: {error!r:.200}") from error
     if not (plain and texts and names and versions) or set(files) != set(build.FILES):
-        raise ImageError(f"{source}: its manifest is none of an image")
+        raise DamagedError(f"{source}: its manifest is none of an image")
     return dict(found)
 
 
@@ -215,45 +255,43 @@ def _lab(source: str, manifest: dict[str, Any]) -> Lab:
     return lab
 
 
-def _members(source: str, archive: tarfile.TarFile, sizes: dict[str, int]) -> Iterator[tuple[str, int, IO[bytes]]]:
-    """The files that the manifest names, each once and as large as it says. Raises ImageError at any other member."""
+def _expected(source: str, members: Iterator[_Member], sizes: dict[str, int]) -> Iterator[_Member]:
+    """The files that the manifest names, each once and as large as it says. Raises DamagedError at any other member."""
     left = dict(sizes)
-    while (member := archive.next()) is not None:
-        size = left.pop(member.name, None)
-        content = archive.extractfile(member) if member.isreg() and member.size == size else None
-        if size is None or content is None:
-            raise ImageError(f"{source}: {member.name!r:.100} is not what the manifest says", hint=AGAIN)
-        yield member.name, size, content
+    for member in members:
+        if left.pop(member.name, None) != member.size:
+            raise DamagedError(f"{source}: {member.name!r:.100} is not what the manifest says", hint=AGAIN)
+        yield member
     if left:
-        raise ImageError(f"{source}: {min(left)} is missing", hint=AGAIN)
+        raise DamagedError(f"{source}: {min(left)} is missing", hint=AGAIN)
 
 
-def _unpack(source: str, content: IO[bytes], target: Path, sha256: str) -> None:
+def _unpack(source: str, member: _Member, target: Path, sha256: str) -> None:
     digest = hashlib.sha256()
     with target.open("xb") as handle:
-        while piece := content.read(cache.CHUNK):
+        for piece in member.pieces:
             digest.update(piece)
             handle.write(piece)
     target.chmod(0o644)
     if digest.hexdigest() != sha256:
-        raise ImageError(f"{source}: {target.name} is damaged: its digest is not the one in the manifest", hint=AGAIN)
+        raise DamagedError(f"{source}: {target.name} is damaged: its digest is not the one in the manifest", hint=AGAIN)
 
 
 def see_plain_disk(path: Path, size: int) -> None:
     """See that a disk is qcow2 of `size` bytes and a file of its own: QEMU would open others that its header names.
 
-    Raises ImageError. Source of the layout: https://www.qemu.org/docs/master/interop/qcow2.html
+    Raises DamagedError. Source of the layout: https://www.qemu.org/docs/master/interop/qcow2.html
     """
     with path.open("rb") as handle:
         head = handle.read(80)
     if len(head) < 80 or head[:4] != QCOW2_MAGIC:
-        raise ImageError(f"{path.name}: is no disk in the format qcow2")
+        raise DamagedError(f"{path.name}: is no disk in the format qcow2")
     version, backing, _, _, virtual = struct.unpack(">IQIIQ", head[4:32])
     features = struct.unpack(">Q", head[72:80])[0] if version >= 3 else 0
     if backing or features & EXTERNAL_DATA_FILE:
-        raise ImageError(f"{path.name}: its header names another file, which an image of ours never does")
+        raise DamagedError(f"{path.name}: its header names another file, which an image of ours never does")
     if virtual != size:
-        raise ImageError(f"{path.name}: is a disk of {virtual} bytes, expected {size}")
+        raise DamagedError(f"{path.name}: is a disk of {virtual} bytes, expected {size}")
 
 
 def default_name(lab: Lab) -> Path:
