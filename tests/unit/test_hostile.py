@@ -133,8 +133,15 @@ def test_a_judgement_is_made_of_any_log(log: str, arm: Arm, as_command: bool, re
     record = run.judge_attempt(scenario(), spec, arm, seen, "debian-13")
     assert (record.result is Result.BLOCKED) <= (not read)
     assert {d.framework for d in record.denials} <= set(Framework)
-    changes = evidence.mode_changes(evidence.parse(log))
-    assert (record.result is Result.FAILED) is bool(changes), "another mode is all that a log can tell against it"
+    records = evidence.parse(log)
+    told = evidence.mode_changes(records) or evidence.audit_changes(records)
+    profiles = seen.mode_before.profiles or {}
+    hidden = arm.framework is Framework.APPARMOR and any(
+        d.logged_only and profiles.get(d.subject) == "enforce" for d in evidence.denials(records)
+    )
+    assert (record.result is Result.FAILED) is bool(told or hidden), (
+        "another mode, other auditing, and a profile in enforce that only logged are all that a log can tell against it"
+    )
 
 
 @pytest.mark.parametrize("auid", ["²", "½", "9" * 5000, "-", "", "0x1"])
