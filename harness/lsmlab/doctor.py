@@ -59,10 +59,11 @@ def examine(lab: Lab) -> list[Finding]:
 
 def lacking(lab: Lab) -> list[str]:
     """What this machine lacks to run `lab`, in few words each; empty where it can. Starts no program."""
-    programs = [*TO_RUN, *(() if build.find(lab) else TO_BUILD)]
-    found = [name for name, _, _ in programs if host.find(name) is None]
-    if os.geteuid() != 0 and not build.find(lab) and host.find("newuidmap") is None:
-        found.append("newuidmap")
+    names = [name for name, _, _ in TO_RUN]
+    if build.find(lab) is None:
+        names += [name for name, _, _ in TO_BUILD]
+        names += [] if os.geteuid() == 0 else ["newuidmap"]
+    found = [name for name in names if host.find(name) is None]
     try:
         guest_budget(lab.memory_mib)
     except LsmlabError:

@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import requests
-import urllib3
 
 from lsmlab import cache, paths
 from lsmlab.definition import digest_of
@@ -83,7 +82,7 @@ def _fetch(address: str, folder: Path, progress: Progress, task: str) -> None:
                 _remember(folder, answer)
             if start != total:
                 _receive(name, answer, part, start, total, progress, task)
-    except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
+    except (requests.RequestException, ValueError) as error:  # ValueError: an address that is none
         raise DownloadError(f"{name}: {_words(error)}", hint=_resume_hint(folder)) from error
     got = part.stat().st_size
     if total is not None and got != total:

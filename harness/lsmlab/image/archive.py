@@ -42,7 +42,6 @@ AGAIN = "Export it again, or fetch it again."
 class Archive:
     """An archive that was written. `sha256` of the whole file, hexadecimal."""
 
-    image: Image
     path: Path
     sha256: str
 
@@ -80,7 +79,7 @@ def write(lab: Lab, target: Path, progress: Progress) -> Archive:
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
         progress.done(task)
-    return Archive(image, target, hashed.digest.hexdigest())
+    return Archive(target, hashed.digest.hexdigest())
 
 
 class _Hashed:
