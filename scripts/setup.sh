@@ -80,6 +80,7 @@ qemu-system-x86_64 qemu-system-x86 qemu-system-x86-core
 qemu-img qemu-utils qemu-img
 mmdebstrap mmdebstrap mmdebstrap
 gpg gpg gnupg2
+gpgv gpgv gnupg2
 mount mount util-linux
 mke2fs e2fsprogs e2fsprogs
 debugfs e2fsprogs e2fsprogs

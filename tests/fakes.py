@@ -22,6 +22,7 @@ from lsmlab.channel.agent import command_result
 from lsmlab.channel.base import Channel, CommandResult
 from lsmlab.errors import ChannelError, CommandTimeoutError, MachineError
 from lsmlab.guest import agent
+from lsmlab.image import debian
 from lsmlab.image.build import Image
 from lsmlab.lab import Lab
 from lsmlab.outcome import Environment
@@ -263,6 +264,8 @@ IMAGE = Image(
     kernel_release="6.12.0-fake",
     packages={"nginx": "1.26.3"},
     built="2026-11-24T08:44:40+00:00",
+    root_arguments=debian.ROOT_ARGUMENTS,
+    files=frozenset(debian.FILES),
 )
 ENVIRONMENT = Environment(
     lsmlab="0", image=IMAGE.digest, kernel=IMAGE.kernel_release, packages=IMAGE.packages, qemu="fake",

@@ -20,7 +20,8 @@ from lsmlab.image.build import Image
 from lsmlab.lab import Lab
 from lsmlab.machine import accel, qemu, states
 from lsmlab.machine.accel import Acceleration
-from lsmlab.machine.qemu import QEMU, Hardware, QemuMachine
+from lsmlab.machine.hardware import Hardware, Network
+from lsmlab.machine.qemu import QEMU, QemuMachine
 from lsmlab.machine.states import SavedState
 from lsmlab.outcome import Environment
 from lsmlab.progress import Progress
@@ -82,12 +83,13 @@ class Bench:
         limit: inventory.Limit,
         budget: Budget,
         accelerator: str = "auto",
+        file: Path | None = None,
     ) -> None:
         for program in (QEMU, "qemu-img", "setpriv"):
             host.need(program)  # now, and not after minutes of building an image
         self.lab = lab
         self.progress = progress
-        self.image: Image = build.ensure(lab, progress, uses=uses)
+        self.image: Image = build.ensure(lab, progress, uses=uses, accelerator=accelerator, file=file)
         limit.keep()
         progress.step("accelerator", "proving the accelerator with the lab's kernel")
         self.acceleration: Acceleration = accel.choose(self.image.kernel, accelerator)
@@ -114,7 +116,8 @@ class Bench:
     @property
     def hardware(self) -> Hardware:
         """What every guest of this bench is made of."""
-        return Hardware(self.acceleration.name, self.lab.memory_mib, self._version)
+        network = Network.OURS if self.image.access else Network.NONE
+        return Hardware(self.acceleration.name, self.lab.memory_mib, self._version, network)
 
     @property
     def environment(self) -> Environment:
@@ -248,15 +251,15 @@ def guest_pool(bench: Bench, name: str) -> Iterator[concurrent.futures.ThreadPoo
 
 @contextlib.contextmanager
 def open_bench(
-    lab: Lab, progress: Progress, *, accelerator: str = "auto", guests: int | None = None
+    lab: Lab, progress: Progress, *, accelerator: str = "auto", guests: int | None = None, file: Path | None = None
 ) -> Iterator[Bench]:
     """A bench, its scratch folder, and its hold on what it uses of the cache, for as long as the block lasts.
 
-    `guests`: how many may run at once, where it is not left to processors and memory. Leftovers of killed runs are
-    swept first.
+    `guests`: how many may run at once, where it is not left to processors and memory. `file`: see `build.ensure`.
+    Leftovers of killed runs are swept first.
     """
     budget = guest_budget(lab.memory_mib, guests)
     limit = inventory.Limit(progress)
     cache.sweep()
     with contextlib.ExitStack() as uses, cache.scratch("run") as folder:
-        yield Bench(lab, progress, folder, uses=uses, limit=limit, budget=budget, accelerator=accelerator)
+        yield Bench(lab, progress, folder, uses=uses, limit=limit, budget=budget, accelerator=accelerator, file=file)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from lsmlab import host, paths
 from lsmlab.bench import guest_budget
 from lsmlab.errors import LsmlabError
-from lsmlab.image import build
+from lsmlab.image import build, debian
 from lsmlab.lab import Lab
 from lsmlab.machine import accel
 from lsmlab.machine.qemu import QEMU
@@ -27,6 +28,7 @@ TO_BUILD = (
     ("gpg", "--version", "checks the archive's signatures"),
     ("unshare", "--version", "gives builds namespaces of their own"),
 )
+TO_PREPARE = (("gpgv", "--version", "checks the distribution's signature"),)
 """What a machine lacks of these matters where there is no image yet; see `image.archive` for one from elsewhere."""
 
 
@@ -45,13 +47,13 @@ def examine(lab: Lab) -> list[Finding]:
     """Every finding for running `lab` here, in the order a run needs them. Never raises LsmlabError."""
     builds = build.find(lab) is None
     findings = [_program(*entry) for entry in TO_RUN]
-    findings += [_program(*entry, needed=builds) for entry in TO_BUILD]
-    if os.geteuid() != 0:
+    findings += [_program(*entry, needed=builds) for entry in _to_make(lab)]
+    if os.geteuid() != 0 and lab.image is not None:
         findings.append(_program("newuidmap", "", "builds images without root", needed=builds))
         findings.append(_user_namespaces(needed=builds))
     findings += [_folder("cache", paths.cache()), _folder("outcomes", paths.state()), _space(), _memory(lab)]
     kvm = _kvm(lab)
-    findings += [_image(lab), kvm, _packages(lab)]
+    findings += [_image(lab), kvm, *_packages(lab)]
     if os.geteuid() == 0 and host.find(QEMU) and host.find("setpriv"):
         findings.append(_user_of_guests(accel.KVM if kvm.ok else None))
     return findings
@@ -61,14 +63,19 @@ def lacking(lab: Lab) -> list[str]:
     """What this machine lacks to run `lab`, in few words each; empty where it can. Starts no program."""
     names = [name for name, _, _ in TO_RUN]
     if build.find(lab) is None:
-        names += [name for name, _, _ in TO_BUILD]
-        names += [] if os.geteuid() == 0 else ["newuidmap"]
+        names += [name for name, _, _ in _to_make(lab)]
+        names += [] if os.geteuid() == 0 or lab.image is None else ["newuidmap"]
     found = [name for name in names if host.find(name) is None]
     try:
         guest_budget(lab.memory_mib)
     except LsmlabError:
         found.append("memory")
     return found
+
+
+def _to_make(lab: Lab) -> tuple[tuple[str, str, str], ...]:
+    """The programs that make the lab's image."""
+    return TO_BUILD if lab.image is not None else TO_PREPARE
 
 
 def _program(name: str, flag: str, purpose: str, *, needed: bool = True) -> Finding:
@@ -112,10 +119,10 @@ def _folder(what: str, folder: Path) -> Finding:
 def _space() -> Finding:
     folder = next(p for p in (paths.cache(), *paths.cache().parents) if p.exists())
     free = shutil.disk_usage(folder).free >> 20
-    ok = free >= build.NEEDED_MIB
+    ok = free >= debian.NEEDED_MIB
     advice = "" if ok else "Free some, or set LSMLAB_HOME to a folder on a larger disk."
     return Finding(
-        "disk space", ok=ok, needed=False, found=f"{free} MiB free, a build takes {build.NEEDED_MIB}", advice=advice
+        "disk space", ok=ok, needed=False, found=f"{free} MiB free, a build takes {debian.NEEDED_MIB}", advice=advice
     )
 
 
@@ -154,9 +161,12 @@ def _kvm(lab: Lab) -> Finding:
     return Finding("KVM", ok=ok, needed=False, found=f"{state}: {detail}", advice=advice)
 
 
-def _packages(lab: Lab) -> Finding:
+def _packages(lab: Lab) -> Iterator[Finding]:
+    if lab.image is None:
+        return
     try:
-        build.package_sources(lab.image.suite)
+        debian.package_sources(lab.image.suite)
     except LsmlabError as error:
-        return Finding("Debian packages", ok=False, needed=False, found=error.message, advice=error.hint)
-    return Finding("Debian packages", ok=True, needed=False, found="from the archive that this machine's apt uses")
+        yield Finding("Debian packages", ok=False, needed=False, found=error.message, advice=error.hint)
+        return
+    yield Finding("Debian packages", ok=True, needed=False, found="from the archive that this machine's apt uses")

@@ -67,6 +67,23 @@ def fetched(address: str, progress: Progress, task: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def small(address: str, most: int) -> bytes:
+    """What lies at `address`, of at most `most` bytes. Raises DownloadError that says what to do."""
+    name = shown(address)
+    try:
+        with requests.get(address, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)) as answer:
+            if answer.status_code != requests.codes.ok:
+                raise DownloadError(f"{name}: the server says {answer.status_code} {answer.reason}")
+            data = bytearray()
+            for piece in answer.iter_content(PIECE):
+                data += piece
+                if len(data) > most:
+                    raise DownloadError(f"{name}: more than {most} bytes, which it cannot be")
+    except (requests.RequestException, ValueError) as error:
+        raise DownloadError(f"{name}: {_words(error)}", hint="See that the address is right, or try later.") from error
+    return bytes(data)
+
+
 def _fetch(address: str, folder: Path, progress: Progress, task: str) -> None:
     part, name = folder / PART, shown(address)
     progress.step(task, f"asking for {name}")

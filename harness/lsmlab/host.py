@@ -26,6 +26,7 @@ PACKAGES = {
     "setpriv": "util-linux",
     "newuidmap": "uidmap",
     "gpg": "gpg",
+    "gpgv": "gpgv",
 }
 """The Debian package that brings each program we use."""
 

@@ -17,7 +17,8 @@ from lsmlab.errors import DefinitionError, HostError, LsmlabError
 from lsmlab.image import build
 from lsmlab.lab import Lab
 from lsmlab.machine import states
-from lsmlab.machine.qemu import CPU, QEMU, Hardware
+from lsmlab.machine.hardware import CPU, Hardware
+from lsmlab.machine.qemu import QEMU
 from lsmlab.progress import Progress
 
 IMAGE, STATE, POLICY, DOWNLOAD = "image", "saved guest", "policy", "download"

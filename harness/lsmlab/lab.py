@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from lsmlab import definition
 from lsmlab.definition import Definition, Strict
@@ -14,11 +14,14 @@ from lsmlab.errors import DefinitionError
 from lsmlab.terms import Arm, Framework, Kernel
 
 KIND = "lsmlab/lab"
-FILE_KEYS = frozenset({"apparmor_profile"})
+FILE_KEYS = frozenset({"apparmor_profile", "keyring"})
 
 Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 UnitName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9:_.@][A-Za-z0-9:_.@-]*\.service$")]
-PackageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9+.-]+$")]
+PackageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9+._-]+$")]
+WebAddress = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+/\S+$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+NameOfValue = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 class DebianImage(Strict):
@@ -32,6 +35,38 @@ class DebianImage(Strict):
     """systemd units that no scenario needs and that only cost boot time."""
     disabled_units: tuple[str, ...] = Field(default=())
     """systemd units that some scenario starts, and that do not run from boot."""
+
+
+class Checksums(Strict):
+    """A distribution's list of its files' digests, signed."""
+
+    url: WebAddress
+    signature: WebAddress | None = Field(default=None)
+    """None: the list is clear-signed, the signature lies in it."""
+    keyring: Path
+    """The keys of which one has to have signed it."""
+
+
+class CloudImage(Strict):
+    """A distribution's own disk image, downloaded, verified, and prepared once in a guest that has a network."""
+
+    url: WebAddress
+    sha256: Sha256 | None = Field(default=None)
+    """None: the one that the signed list says, of whatever is there on that day."""
+    checksums: Checksums | None = Field(default=None)
+    installer: Literal["apt", "dnf", "zypper"]
+    """What installs packages there, from the distribution's own repositories."""
+    packages: tuple[PackageName, ...] = Field(min_length=1)
+    disk_mib: int = Field(ge=1024, le=65536)
+    """Size of the disk, MiB; the distribution's is made larger where it is smaller."""
+    masked_units: tuple[str, ...] = Field(default=())
+    disabled_units: tuple[str, ...] = Field(default=())
+
+    @model_validator(mode="after")
+    def _verifiable(self) -> CloudImage:
+        if self.sha256 is None and self.checksums is None:
+            raise ValueError("expected `sha256`, `checksums`, or both: an image that nothing vouches for is not taken")
+        return self
 
 
 class Service(Strict):
@@ -49,12 +84,28 @@ class Lab(Definition):
     id: Identifier
     title: str
     backend: Literal["qemu"]
-    image: DebianImage
+    image: DebianImage | None = Field(default=None)
+    cloud_image: CloudImage | None = Field(default=None)
     frameworks: tuple[Framework, ...] = Field(min_length=1)
     memory_mib: int = Field(ge=256, le=65536)
     kernel_arguments: dict[Kernel, str]
     """The part of the kernel's command line that picks the framework, for each boot."""
     services: dict[Identifier, Service] = Field(default_factory=dict)
+    names: dict[NameOfValue, str] = Field(default_factory=dict)
+    """What this distribution calls what set-ups name as `{lab.NAME}`: users, paths."""
+
+    @model_validator(mode="after")
+    def _one_image(self) -> Lab:
+        if (self.image is None) == (self.cloud_image is None):
+            raise ValueError("expected either `image` (built from Debian packages) or `cloud_image` (downloaded)")
+        return self
+
+    @property
+    def disk(self) -> DebianImage | CloudImage:
+        """What its disk is made from."""
+        found = self.image or self.cloud_image
+        assert found is not None
+        return found
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -63,11 +114,11 @@ class Lab(Definition):
 
     def with_packages(self, packages: Sequence[str]) -> Lab:
         """This lab with more packages in its image; itself where it has them all."""
-        more = [p for p in dict.fromkeys(packages) if p not in self.image.packages]
+        more = [p for p in dict.fromkeys(packages) if p not in self.disk.packages]
         if not more:
             return self
-        image = self.image.model_copy(update={"packages": (*self.image.packages, *sorted(more))})
-        return self.model_copy(update={"image": image})
+        disk = self.disk.model_copy(update={"packages": (*self.disk.packages, *sorted(more))})
+        return self.model_copy(update={"image" if self.image else "cloud_image": disk})
 
     def service(self, name: str) -> Service:
         """The service called `name`. Raises DefinitionError with the nearest name."""

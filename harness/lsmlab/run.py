@@ -58,7 +58,7 @@ def by_image(lab: Lab, wanted: Sequence[Case]) -> tuple[tuple[Lab, tuple[Case, .
     found: dict[tuple[str, ...], tuple[Lab, list[Case]]] = {}
     for case in wanted:
         machine = lab.with_packages(case.scenario.packages)
-        found.setdefault(machine.image.packages, (machine, []))[1].append(case)
+        found.setdefault(machine.disk.packages, (machine, []))[1].append(case)
     return tuple(
         (machine, tuple(cases)) for _, (machine, cases) in sorted(found.items(), key=lambda item: len(item[0]))
     )
@@ -109,7 +109,9 @@ def run_boot(bench: Bench, scenario: Scenario, arms: Sequence[Arm]) -> dict[Arm,
 
 
 def _broken(bench: Bench, arm: Arm, error: str, seconds: float = 0.0) -> ArmRecord:
-    return ArmRecord(arm=arm, command_line=states.command_line(bench.lab, arm.kernel), error=error, seconds=seconds)
+    return ArmRecord(
+        arm=arm, command_line=states.command_line(bench.lab, bench.image, arm.kernel), error=error, seconds=seconds
+    )
 
 
 def _run_boot(bench: Bench, scenario: Scenario, arms: Sequence[Arm]) -> dict[Arm, ArmRecord]:
@@ -166,7 +168,7 @@ def _attempts(
     subjects = {scenario.subject_name(f) for f in scenario.expected}
     return ArmRecord(
         arm=arm,
-        command_line=states.command_line(bench.lab, arm.kernel),
+        command_line=states.command_line(bench.lab, bench.image, arm.kernel),
         service_active=prepared.service_active,
         setup_denials=tuple(d for d in prepared.setup_denials if d.subject_domain in subjects),
         lsm=opened.mode.lsm,

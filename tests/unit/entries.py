@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from lsmlab import cache, host, paths
-from lsmlab.image import build
+from lsmlab.image import build, debian
 from lsmlab.image.build import Image
 from lsmlab.lab import Lab
 from lsmlab.machine import states
-from lsmlab.machine.qemu import QEMU, Hardware
+from lsmlab.machine.hardware import Hardware
+from lsmlab.machine.qemu import QEMU
 from lsmlab.progress import Silent
 from lsmlab.terms import Kernel
 
+ROOT = "root=/dev/vda rw"
 KIB = 1024
 
 
@@ -53,10 +55,12 @@ def put_image(lab: Lab, build_id: str = "a", *, kib: int = 4, lab_id: str = "") 
         "kernel_release": "6.12-made-up",
         "packages": {"nginx": "1"},
         "built": "2026-11-24",
+        "root_arguments": ROOT,
     }
-    put(folder, {**dict.fromkeys(build.FILES, b"x"), "disk.qcow2": disk}, about)
+    put(folder, {**dict.fromkeys(debian.FILES, b"x"), "disk.qcow2": disk}, about)
     digest = cache.file_digest(folder / "disk.qcow2")
-    return Image(lab_id or lab.id, folder, digest, "6.12-made-up", {"nginx": "1"}, "2026-11-24")
+    files = frozenset(debian.FILES)
+    return Image(lab_id or lab.id, folder, digest, "6.12-made-up", {"nginx": "1"}, "2026-11-24", ROOT, files)
 
 
 def hardware(lab: Lab, accelerator: str = "tcg") -> Hardware:

@@ -40,7 +40,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lab: Lab) -> Path
     monkeypatch.setenv("LSMLAB_HOME", str(tmp_path / "elsewhere"))
     about = {
         "lab": lab.id, "recipe": build.recipe_digest(lab), "built": "2026-11-24", "kernel_release": "6.12-made-up",
-        "packages": {"nginx": "1"}, "asked": list(lab.image.packages),
+        "packages": {"nginx": "1"}, "asked": list(lab.disk.packages), "root_arguments": "root=/dev/vda rw",
     }  # fmt: skip
     files = {name: name.encode() * 1000 for name in build.FILES} | {"disk.qcow2": disk()}
     put(build.folder_of(lab, "a"), files, about)
@@ -158,8 +158,8 @@ def test_the_digest_is_compared_first(elsewhere: Path) -> None:
         (manifest(recipe="0" * 64), "as another version of lsmlab"),
         (manifest(lab="debian-14"), "of a lab that is not known here: unknown lab 'debian-14'"),
         (manifest(lab="../debian-13"), "of a lab that is not known here"),
-        (lambda members: members[:-1], "packages is missing"),
-        (lambda members: [*members, members[-1]], "'packages' is not what the manifest says"),
+        (lambda members: members[:-1], "vmlinuz is missing"),
+        (lambda members: [*members, members[-1]], "'vmlinuz' is not what the manifest says"),
         (lambda members: [(m, d + b"x" if m.name == "initrd" else d) for m, d in members], "'initrd' is not what"),
         (lambda members: [(m, d[::-1] if m.name == "initrd" else d) for m, d in members], "initrd is damaged"),
         (link, "'initrd' is no plain file"),

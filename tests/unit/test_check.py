@@ -15,7 +15,7 @@ from lsmlab import check, discovery, host, skeleton
 from lsmlab.check import policies
 from lsmlab.check.findings import Checked, Findings
 from lsmlab.errors import DefinitionError, HostError, PolicyError
-from lsmlab.image import build, policy, probe
+from lsmlab.image import build, debian, policy, probe
 from lsmlab.image.build import Image
 from lsmlab.image.probe import Probed, Profile, ProfileSet
 from lsmlab.progress import Silent
@@ -189,7 +189,7 @@ def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[ProfileSet]:
     """An image whose tools find no fault; the sets of profiles that they were asked about."""
     folder = tmp_path / "image"
     folder.mkdir()
-    there = Image("debian-13", folder, "86" * 32, "6.12", {}, "2026-11-24")
+    there = Image("debian-13", folder, "86" * 32, "6.12", {}, "2026-11-24", "root=/dev/vda", frozenset(debian.FILES))
     monkeypatch.setattr(build, "find", lambda lab: there if lab.id == "debian-13" else None)
     asked: list[ProfileSet] = []
 

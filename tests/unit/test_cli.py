@@ -21,7 +21,7 @@ import pytest
 from builders import outcome
 
 from lsmlab import __version__, cache, discovery
-from lsmlab.image import build
+from lsmlab.image import build, debian
 from lsmlab.outcome import ArmRecord
 from lsmlab.store import Store
 from lsmlab.terms import Arm, Framework
@@ -37,8 +37,8 @@ REAL = (
 """What a made-up machine has of this one; each test adds its stubs."""
 QEMU = "qemu-system-x86_64"
 needs_space = pytest.mark.skipif(
-    shutil.disk_usage("/tmp").free >> 20 < build.NEEDED_MIB,  # noqa: S108 - where pytest makes its folders
-    reason=f"a build is refused below {build.NEEDED_MIB} MiB free: its later steps cannot be reached",
+    shutil.disk_usage("/tmp").free >> 20 < debian.NEEDED_MIB,  # noqa: S108 - where pytest makes its folders
+    reason=f"a build is refused below {debian.NEEDED_MIB} MiB free: its later steps cannot be reached",
 )
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk for the test")
 
@@ -158,15 +158,16 @@ def imaged(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
     """A machine whose cache has an image of the default lab, as far as its manifest tells."""
     monkeypatch.setenv("LSMLAB_HOME", str(host.home))
     with cache.scratch("image") as work:
-        for name in build.FILES:
+        for name in debian.FILES:
             (work / name).write_bytes(name.encode() * 100)
         about = {
             "lab": "debian-13",
             "kernel_release": "6.12-made-up",
             "packages": {"nginx": "1"},
             "built": "2026-11-24",
+            "root_arguments": "root=/dev/vda rw",
         }
-        cache.publish(work, build.folder_of(discovery.load_lab(), "a"), build.FILES, about)
+        cache.publish(work, build.folder_of(discovery.load_lab(), "a"), debian.FILES, about)
     host.stub("qemu-img", 'for file; do :; done; : > "$file"')
     return host
 

@@ -113,6 +113,8 @@ def test_every_lab_of_the_library_loads() -> None:
 
 def test_debian_12_extends_debian_13() -> None:
     old, new = load_lab("debian-12"), load_lab("debian-13")
+    assert old.image is not None
+    assert new.image is not None
     assert (old.image.suite, new.image.suite) == ("bookworm", "trixie")
     assert old.image.model_copy(update={"suite": "trixie"}) == new.image
     assert old.services == {**new.services, "postgresql": Service(unit="postgresql@15-main.service")}

@@ -386,4 +386,4 @@ def test_scenarios_with_more_packages_have_an_image_of_their_own(bench: FakeBenc
     groups = run.by_image(bench.lab, cases)
     assert [[c.scenario.id for c in group] for _, group in groups] == [["nginx-reads-shadow", "c"], ["b"]]
     assert groups[0][0] is bench.lab
-    assert groups[1][0].image.packages == (*bench.lab.image.packages, "tree")
+    assert groups[1][0].disk.packages == (*bench.lab.disk.packages, "tree")

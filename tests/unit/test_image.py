@@ -16,7 +16,7 @@ from entries import Notes, put_image
 
 from lsmlab import cache, discovery, host, paths
 from lsmlab.errors import HostError, ImageError
-from lsmlab.image import build, policy
+from lsmlab.image import build, debian, policy
 from lsmlab.image.build import Image
 from lsmlab.lab import Lab
 
@@ -147,13 +147,13 @@ def test_decisions_leave_out_what_decides_nothing() -> None:
 
 
 def with_image(lab: Lab, **changes: object) -> Lab:
-    return lab.model_copy(update={"image": lab.image.model_copy(update=changes)})
+    return lab.model_copy(update={"image": lab.disk.model_copy(update=changes)})
 
 
 def test_the_recipe_changes_with_what_goes_into_the_image(lab: Lab) -> None:
     others = [
-        with_image(lab, packages=(*lab.image.packages, "apache2")),
-        with_image(lab, packages=lab.image.packages[::-1]),
+        with_image(lab, packages=(*lab.disk.packages, "apache2")),
+        with_image(lab, packages=lab.disk.packages[::-1]),
         with_image(lab, suite="sid"),
         with_image(lab, disk_mib=4096),
         with_image(lab, masked_units=()),
@@ -230,7 +230,7 @@ KEYRING = Path("/dev/null")
 
 @pytest.fixture
 def keyring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "KEYRING", KEYRING)
+    monkeypatch.setattr(debian, "KEYRING", KEYRING)
 
 
 def test_a_package_that_does_not_exist_is_named(lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -239,23 +239,25 @@ def test_a_package_that_does_not_exist_is_named(lab: Lab, monkeypatch: pytest.Mo
     def fail(*_: object, **__: object) -> bytes:
         raise HostError(said)
 
-    monkeypatch.setattr(build, "package_sources", lambda _: [])
-    monkeypatch.setattr(build, "proxy_settings", lambda: "")
+    recipe = lab.image
+    assert recipe is not None
+    monkeypatch.setattr(debian, "package_sources", lambda _: [])
+    monkeypatch.setattr(debian, "proxy_settings", lambda: "")
     monkeypatch.setattr(host, "need", str)
     monkeypatch.setattr(host, "run", fail)
     with pytest.raises(ImageError) as caught:
-        build._bootstrap(lab, tmp_path)
+        debian._bootstrap(lab, recipe, tmp_path)
     assert caught.value.message == "Debian trixie has no package no-such-one"
     said = "installing failed (100): mmdebstrap\nE: Failed to fetch"
     with pytest.raises(ImageError, match="Failed to fetch"):
-        build._bootstrap(lab, tmp_path)
+        debian._bootstrap(lab, recipe, tmp_path)
 
 
 @pytest.mark.usefixtures("keyring")
 def test_packages_come_from_where_this_machines_apt_takes_them(stub: Stub) -> None:
     stub("apt-get", DEBIAN)
     option = f"[signed-by={KEYRING}]"
-    assert build.package_sources("trixie") == [
+    assert debian.package_sources("trixie") == [
         f"deb {option} http://deb.example/debian/ trixie main",
         f"deb {option} http://deb.example/debian/ trixie-updates main",
         f"deb {option} http://deb.example/security/ trixie-security main",
@@ -266,13 +268,13 @@ def test_packages_come_from_where_this_machines_apt_takes_them(stub: Stub) -> No
 def test_a_mirror_may_be_named(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     stub("apt-get", "exit 1")
     monkeypatch.setenv("LSMLAB_MIRROR", "http://mirror.example/debian")
-    sources = build.package_sources("bookworm")
+    sources = debian.package_sources("bookworm")
     assert [line.split(" ", 2)[2] for line in sources] == [
         "http://mirror.example/debian bookworm main",
         "http://mirror.example/debian bookworm-updates main",
     ]
     monkeypatch.setenv("LSMLAB_SECURITY_MIRROR", "http://mirror.example/security")
-    assert build.package_sources("bookworm")[2].endswith("http://mirror.example/security bookworm-security main")
+    assert debian.package_sources("bookworm")[2].endswith("http://mirror.example/security bookworm-security main")
 
 
 @pytest.mark.usefixtures("keyring")
@@ -280,31 +282,31 @@ def test_a_mirror_may_be_named(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_machine_without_a_debian_archive(stub: Stub, listed: str) -> None:
     stub("apt-get", listed or ":")
     with pytest.raises(HostError, match="names no Debian archive") as caught:
-        build.package_sources("trixie")
+        debian.package_sources("trixie")
     assert "LSMLAB_MIRROR" in caught.value.hint
 
 
 @pytest.mark.usefixtures("keyring")
 def test_a_machine_without_apt_at_all(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HostError, match="names no Debian archive"):
-        build.package_sources("trixie")
+        debian.package_sources("trixie")
     monkeypatch.setenv("LSMLAB_MIRROR", "http://mirror.example/debian")
-    assert len(build.package_sources("trixie")) == 2
+    assert len(debian.package_sources("trixie")) == 2
 
 
 @pytest.mark.usefixtures("keyring")
 def test_an_apt_that_fails_is_quoted(stub: Stub) -> None:
     stub("apt-get", 'echo "E: malformed line 1" >&2; exit 100')
     with pytest.raises(HostError, match="reading apt's sources failed") as caught:
-        build.package_sources("trixie")
+        debian.package_sources("trixie")
     assert "E: malformed line 1" in str(caught.value)
 
 
 def test_a_keyring_that_is_missing(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stub("apt-get", DEBIAN)
-    monkeypatch.setattr(build, "KEYRING", tmp_path / "none.gpg")
+    monkeypatch.setattr(debian, "KEYRING", tmp_path / "none.gpg")
     with pytest.raises(HostError, match=r"none\.gpg is missing") as caught:
-        build.package_sources("trixie")
+        debian.package_sources("trixie")
     assert "debian-archive-keyring" in caught.value.hint
 
 
@@ -324,13 +326,13 @@ def test_apts_proxy_is_used_and_nothing_else(stub: Stub) -> None:
         "Acquire::https::Verify-Peer;",
     ]
     stub("apt-config", "\n".join(f"echo '{line}'" for line in (*wanted, *others)))
-    assert build.proxy_settings().splitlines() == wanted
+    assert debian.proxy_settings().splitlines() == wanted
 
 
 def test_no_proxy_and_no_apt_config(stub: Stub) -> None:
-    assert build.proxy_settings() == ""
+    assert debian.proxy_settings() == ""
     stub("apt-config", "echo 'APT::Architecture \"amd64\";'")
-    assert build.proxy_settings() == ""
+    assert debian.proxy_settings() == ""
 
 
 # How they are found, and built once
@@ -338,17 +340,23 @@ def test_no_proxy_and_no_apt_config(stub: Stub) -> None:
 
 def test_an_image_is_found_only_when_it_is_whole(lab: Lab) -> None:
     assert build.find(lab) is None
-    files = {name: name.encode() for name in build.FILES}
+    files = {name: name.encode() for name in debian.FILES}
     with cache.scratch("image") as work:
         for name, content in files.items():
             (work / name).write_bytes(content)
-        about = {"kernel_release": "6.12", "packages": {"nginx": "1"}, "built": "2026-11-24"}
-        cache.publish(work, build.folder_of(lab, "a"), build.FILES, about)
+        about = {
+            "kernel_release": "6.12",
+            "packages": {"nginx": "1"},
+            "built": "2026-11-24",
+            "root_arguments": "root=/",
+        }
+        cache.publish(work, build.folder_of(lab, "a"), debian.FILES, about)
     image = build.find(lab, full_check=True)
     assert image is not None
     assert (image.lab, image.kernel_release, image.packages) == ("debian-13", "6.12", {"nginx": "1"})
     assert image.digest == cache.file_digest(image.disk)
-    for path in (image.disk, image.kernel, image.initrd, image.policy_tree):
+    assert (image.root_arguments, image.access) == ("root=/", None)
+    for path in (image.disk, image.kernel, image.initrd, image.need_policy_tree()):
         assert path.is_file()
     image.initrd.write_bytes(b"Initrd")
     assert build.find(lab, full_check=True) is None
@@ -356,12 +364,13 @@ def test_an_image_is_found_only_when_it_is_whole(lab: Lab) -> None:
     assert build.find(lab) is None
 
 
-@pytest.mark.parametrize("lacking", ["kernel_release", "packages", "built", "files"])
+@pytest.mark.parametrize("lacking", ["kernel_release", "packages", "built", "root_arguments", "files"])
 def test_a_manifest_of_another_shape_is_damage(lab: Lab, lacking: str) -> None:
     with cache.scratch("image") as work:
         for name in build.FILES:
             (work / name).touch()
-        cache.publish(work, build.folder_of(lab, "a"), build.FILES, {"kernel_release": "", "packages": {}, "built": ""})
+        about = {"kernel_release": "", "packages": {}, "built": "", "root_arguments": ""}
+        cache.publish(work, build.folder_of(lab, "a"), build.FILES, about)
     manifest = build.folder_of(lab, "a") / cache.MANIFEST
     content = json.loads(manifest.read_text())
     content[lacking] = {"disk.qcow2": {}}
@@ -380,7 +389,7 @@ def build_made_up(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         assert cache.in_use(folder), "held before it is there: nobody can remove it in between"
         return put_image(lab, folder.name.rpartition("-")[2])
 
-    monkeypatch.setattr(build, "_build", make)
+    monkeypatch.setattr(build, "_make", make)
     return built
 
 

@@ -16,7 +16,7 @@ from lsmlab.errors import DefinitionError, HostError
 from lsmlab.inventory import Entry, Limit, Status
 from lsmlab.lab import Lab
 from lsmlab.machine import states
-from lsmlab.machine.qemu import Hardware
+from lsmlab.machine.hardware import Hardware
 from lsmlab.terms import Kernel
 
 GIB = 1 << 30

@@ -17,7 +17,8 @@ from lsmlab import host
 from lsmlab.channel.agent import AgentChannel
 from lsmlab.errors import MachineError
 from lsmlab.machine import qemu
-from lsmlab.machine.qemu import Boot, Hardware, QemuMachine
+from lsmlab.machine.hardware import Boot, Hardware
+from lsmlab.machine.qemu import QemuMachine
 
 
 def test_a_guest_that_starts_while_all_are_stopped_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -611,7 +611,9 @@ def test_nothing_is_written_there(home: SshHome) -> None:
 
 
 def test_the_command_is_plain_words_for_any_shell() -> None:
-    assert re.fullmatch(r"python3 -I -B -c '[a-z0-9 ,;.()\[\]]+' [A-Za-z0-9+/=]+", ssh.COMMAND)
+    plain = r"python3 -I -B -c '[a-z0-9 ,;.()\[\]]+' [A-Za-z0-9+/=]+"
+    assert re.fullmatch(plain, ssh._command())
+    assert re.fullmatch(plain, ssh._command(ssh.AS_SERVICE))
 
 
 def test_a_machine_that_drops_ends_what_waits(home: SshHome, channel: SshChannel) -> None:

@@ -20,7 +20,7 @@ from lsmlab.errors import DefinitionError, HostError, LsmlabError, MachineError
 from lsmlab.image.build import Image
 from lsmlab.lab import Lab
 from lsmlab.machine import states
-from lsmlab.machine.qemu import Hardware
+from lsmlab.machine.hardware import Hardware
 from lsmlab.machine.states import SavedState
 from lsmlab.terms import Kernel
 
@@ -128,8 +128,8 @@ def test_a_state_is_booted_once_and_says_what_it_fits(
     manifest = cache.read_manifest(first.folder)
     assert manifest is not None
     wanted = {
-        "lab": "debian-13", "kernel": "none", "command_line": states.command_line(lab, NONE), "image": image.digest,
-        "image_folder": image.folder.name, "qemu": hardware(lab).qemu_version, "accelerator": "tcg",
+        "lab": "debian-13", "kernel": "none", "command_line": states.command_line(lab, image, NONE),
+        "image": image.digest, "image_folder": image.folder.name, "qemu": hardware(lab).qemu_version, "accelerator": "tcg",
         "memory_mib": lab.memory_mib, "format": states.FORMAT,
     }  # fmt: skip
     assert wanted.items() <= manifest.items()

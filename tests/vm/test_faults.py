@@ -18,7 +18,8 @@ from command import environment, gone_within, guests_of, kill, lsmlab, outcomes,
 from lsmlab import discovery, paths
 from lsmlab.errors import MachineError
 from lsmlab.image import build
-from lsmlab.machine.qemu import Boot, Hardware, QemuMachine
+from lsmlab.machine.hardware import Boot, Hardware
+from lsmlab.machine.qemu import QemuMachine
 from lsmlab.progress import Silent
 from lsmlab.store import Store
 

@@ -11,11 +11,15 @@ import contextlib
 import shlex
 import socket
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import paramiko
 
 from lsmlab.channel import ssh_host
 from lsmlab.channel.agent import AgentChannel
+from lsmlab.channel.ssh_host import Place
 from lsmlab.channel.ssh_login import SECONDS, Connection, Login, log_in
 from lsmlab.errors import ChannelError
 
@@ -26,14 +30,21 @@ END_SECONDS = 5.0
 ERROR_BYTES = 2000
 """As much of the remote process's last errors is kept."""
 START = "import base64,sys;exec(base64.b64decode(sys.argv[1]))"
-LOADER = f"""
+AS_SERVICE = (
+    "systemd-run", "--quiet", "--pipe", "--wait", "--collect", "--property=SELinuxContext=-system_u:system_r:init_t:s0",
+    "--property=OOMScoreAdjust=-1000", "--setenv=LC_ALL=C.UTF-8",
+    "--setenv=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+)  # fmt: skip
+"""In a guest of ours: the agent as the service that it is in images of ours, and not as part of a login's session."""
+LOADER = """
 import base64, os, sys, types
 if sys.version_info < (3, 9):
     sys.exit("lsmlab: its python3 is %d.%d, and the agent takes 3.9 or later" % sys.version_info[:2])
 if os.geteuid() != 0 and len(sys.argv) < 3:
     os.environ["LC_ALL"] = "C"
     try:
-        os.execvp("sudo", ["sudo", "-n", "--", "python3", "-I", "-B", "-c", {START!r}, sys.argv[1], "as root"])
+        again = ["python3", "-I", "-B", "-c", START, sys.argv[1], "as root"]
+        os.execvp("sudo", ["sudo", "-n", "--", *BEHIND_SUDO, *again])
     except OSError as error:
         sys.exit("lsmlab: sudo does not start: " + error.strerror)
 kept = b""
@@ -53,8 +64,31 @@ for thread in os.listdir("/proc/self/task"):
 os._exit(0)
 """
 """Runs as the login user, then once more by sudo. What is still running when the connection ends is ended with it."""
-COMMAND = shlex.join(["python3", "-I", "-B", "-c", START, base64.b64encode(LOADER.encode()).decode()])
-"""One line and plain words, for whatever shell the user has there. -B: not even a cache of Python's is written."""
+
+
+def _command(behind_sudo: Sequence[str] = ()) -> str:
+    """One line and plain words, for whatever shell the user has there. -B: not even a cache of Python's is written."""
+    program = f"START, BEHIND_SUDO = {START!r}, {list(behind_sudo)!r}\n{LOADER}"
+    return shlex.join(["python3", "-I", "-B", "-c", START, base64.b64encode(program.encode()).decode()])
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a guest of ours is logged in to, wherever its port is. Its host key was made by us: nothing is asked."""
+
+    user: str
+    key: Path
+    known_hosts: Path
+    """Knows the guest as `HOST_NAME`."""
+
+    HOST_NAME = "lsmlab-guest"
+
+    def place(self, name: str, port: int) -> Place:
+        """The guest called `name`, at a port of this machine."""
+        return Place(
+            asked=name, user=self.user, address="127.0.0.1", port=port, known_as=self.HOST_NAME,
+            known_hosts=(self.known_hosts,), keys=(self.key,), only_these_keys=True, proxy=(),
+        )  # fmt: skip
 
 
 class SshChannel(AgentChannel):
@@ -138,6 +172,16 @@ class SshChannel(AgentChannel):
             )
         return error
 
+    def drop(self) -> None:
+        """Close the connection at once: the machine at its other end is about to be another. Never raises."""
+        with contextlib.suppress(Exception):
+            self._remote.close()
+        self._connection.close()
+        super().close()
+        for pump in self._pumps:
+            pump.join(END_SECONDS)
+        self._theirs.close()
+
     def close(self) -> None:
         """End the agent, all that it runs, and the connection. Never raises, and may be called twice."""
         super().close()
@@ -154,9 +198,14 @@ def open_ssh(name: str) -> SshChannel:
     Raises DefinitionError for what is no name, HostError for what is wrong with this machine's own SSH files, and
     ChannelError that says which step failed and what to do.
     """
-    connection = log_in(ssh_host.find(name))
+    return open_place(ssh_host.find(name))
+
+
+def open_place(place: Place, *, as_service: bool = False) -> SshChannel:
+    """The same for a machine that is known already. `as_service`: see AS_SERVICE."""
+    connection = log_in(place)
     try:
-        remote = _start(connection)
+        remote = _start(connection, _command(AS_SERVICE if as_service else ()))
     except BaseException:
         connection.close()
         raise
@@ -170,13 +219,13 @@ def open_ssh(name: str) -> SshChannel:
     return channel
 
 
-def _start(connection: Connection) -> paramiko.Channel:
+def _start(connection: Connection, command: str) -> paramiko.Channel:
     """Start the remote command."""
     limit = threading.Timer(SECONDS, connection.transport.close)  # exec_command() itself waits for ever
     limit.start()
     try:
         remote = connection.transport.open_session(timeout=SECONDS)
-        remote.exec_command(COMMAND)
+        remote.exec_command(command)
     except (paramiko.SSHException, EOFError, OSError) as error:
         raise ChannelError(
             f"{connection.place.asked}: {connection.login.user} is let in, and may run no command: {error}",

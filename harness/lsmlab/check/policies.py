@@ -74,7 +74,7 @@ def _compile_with(
     sets = [ProfileSet((p,)) for p in _lab_profiles(machine)]
     sets += [ProfileSet(one.apparmor.profiles, one.apparmor.shipped) for _, one in group]
     try:
-        answers = probe.examine(image.policy_tree, sets)
+        answers = probe.examine(image.need_policy_tree(), sets)
     except LsmlabError as error:
         _say_not_compiled(machine, labs, group, "; ".join(faults_of(error)))
         return
@@ -161,7 +161,7 @@ def _compile_modules(image: Image, machine: Lab, group: Sequence[tuple[Checked, 
 
     def compiled(modules: tuple[Path, ...]) -> LsmlabError | None:
         try:
-            policy.compile_modules(image.policy_tree, image.digest, modules)
+            policy.compile_modules(image.need_policy_tree(), image.digest, modules)
         except LsmlabError as error:
             return error
         return None

@@ -119,7 +119,7 @@ def _outcomes(
     """
     for machine, cases in run.by_image(lab, wanted):
         with open_bench(machine, progress, accelerator=accelerator, guests=guests) as bench:
-            more = ", ".join(p for p in machine.image.packages if p not in lab.image.packages)
+            more = ", ".join(p for p in machine.disk.packages if p not in lab.disk.packages)
             progress.note(f"Lab {lab.id}{more and f' with {more}'}, {bench.acceleration.sentence()}")
             progress.note(f"Guests at once: {bench.budget.guests} ({bench.budget.reason})")
             contained = []

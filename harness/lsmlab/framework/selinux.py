@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from lsmlab import facts
 from lsmlab.channel.base import Channel
 from lsmlab.errors import FrameworkError, PolicyError
 from lsmlab.framework.base import PolicyUnderTest
 from lsmlab.image import policy as native
 from lsmlab.image.build import Image
+from lsmlab.scenario import read_file
 from lsmlab.terms import Arm
 
 ENFORCE = "/sys/fs/selinux/enforce"
+THERE = "/run/lsmlab-modules"
+COMPILE_SECONDS = 300
 FILE_CONTEXTS = "/etc/selinux/default/contexts/files/file_contexts"
 
 
@@ -18,9 +24,11 @@ class Selinux:
     """See `FrameworkDriver`."""
 
     def load(self, channel: Channel, image: Image, policy: PolicyUnderTest) -> None:
-        """Compile the modules natively and load the result; set the booleans."""
-        if policy.selinux_modules:
-            compiled = native.compile_modules(image.policy_tree, image.digest, policy.selinux_modules)
+        """Compile the modules, natively where the image has its tree here, and load the result; set the booleans."""
+        if policy.selinux_modules and image.policy_tree is None:
+            self._compile_there(channel, policy.selinux_modules)
+        elif policy.selinux_modules:
+            compiled = native.compile_modules(image.need_policy_tree(), image.digest, policy.selinux_modules)
             found = channel.run(["sh", "-c", "ls -v /etc/selinux/default/policy/policy.* | tail -n 1"]).check()
             channel.write_file(found.out.strip(), compiled.policy)
             if compiled.file_contexts:  # the compiled one last: libselinux takes the younger
@@ -33,6 +41,17 @@ class Selinux:
             done = channel.run(["setsebool", name, "on" if value else "off"])
             if not done.ok:
                 raise PolicyError(f"setsebool {name}: {done.err.strip() or done.ended()}")
+
+    @staticmethod
+    def _compile_there(channel: Channel, modules: Sequence[Path]) -> None:
+        """Compile and load in the guest itself: half a minute under emulation."""
+        for module in modules:
+            channel.write_file(f"{THERE}/{module.name}", read_file(module))
+        names = [f"{THERE}/{module.name}" for module in modules]
+        done = channel.run(["semodule", "--install", *names], timeout=COMPILE_SECONDS)
+        if not done.ok:
+            words = done.err.strip().replace(f"{THERE}/", "")
+            raise PolicyError(f"{', '.join(str(m) for m in modules)}: does not compile:\n{words}")
 
     def enter(self, channel: Channel, arm: Arm, policy: PolicyUnderTest) -> None:
         """Write /sys/fs/selinux/enforce, as setenforce does, and read it back."""

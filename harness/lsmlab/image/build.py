@@ -1,31 +1,29 @@
-"""A lab's disk, built from Debian packages, cached by the digest of all that went in."""
+"""A lab's disk: built or downloaded, prepared, and cached by the digest of all that went in."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import os
-import re
 import secrets
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lsmlab import cache, host, paths
+from lsmlab import cache, paths
+from lsmlab.channel.ssh import Access
 from lsmlab.definition import digest_of
-from lsmlab.errors import HostError, ImageError
-from lsmlab.image import policy
+from lsmlab.errors import ImageError
+from lsmlab.image import cloud, debian
+from lsmlab.image.seed import USER
 from lsmlab.lab import Lab
 from lsmlab.progress import Progress
 
 FORMAT = "1"
 """Changes with the meaning of what is built: older images are then built anew."""
-FILES = ("disk.qcow2", "vmlinuz", "initrd", "policy-tree.tar", "packages")
-KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-NEEDED_MIB = 5120
-"""What a build needs at its widest, with room to spare."""
-EXCLUDED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
+FILES = ("disk.qcow2", "vmlinuz", "initrd", "packages")
+"""What every image has."""
+KNOWN_FILES = frozenset({*FILES, *debian.FILES, *cloud.FILES})
 REPORTED_PACKAGES = (
     "nginx", "selinux-policy-default", "policycoreutils", "libselinux1", "apparmor", "libapparmor1", "auditd",
     "systemd",
@@ -44,6 +42,9 @@ class Image:
     packages: dict[str, str]
     """The versions that an outcome reports."""
     built: str
+    root_arguments: str
+    """The part of the kernel's command line by which it finds its root file system."""
+    files: frozenset[str]
 
     @property
     def disk(self) -> Path:
@@ -61,21 +62,42 @@ class Image:
         return self.folder / "initrd"
 
     @property
-    def policy_tree(self) -> Path:
-        """The root tree as a tar file, to compile policies in."""
-        return self.folder / "policy-tree.tar"
+    def policy_tree(self) -> Path | None:
+        """The root tree as a tar file, to compile policies in on this machine; None: they are compiled in guests."""
+        return self.folder / "policy-tree.tar" if "policy-tree.tar" in self.files else None
+
+    def need_policy_tree(self) -> Path:
+        """The same. Raises ImageError where there is none."""
+        if self.policy_tree is None:
+            raise ImageError(f"the image of {self.lab} is the distribution's own: its policy tools run in guests alone")
+        return self.policy_tree
+
+    @property
+    def access(self) -> Access | None:
+        """How its guests are logged in to; None: they have no network, and the agent starts by itself."""
+        if cloud.KEY not in self.files:
+            return None
+        return Access(USER, self.folder / cloud.KEY, self.folder / cloud.KNOWN_HOSTS)
 
 
 def recipe_digest(lab: Lab) -> str:
     """The digest of everything that decides what is built, short of the packages' versions on the day."""
     with resources.as_file(resources.files("lsmlab") / "image") as here:
         overlay = sorted(p for p in (here / "overlay").rglob("*") if p.is_file() or p.is_symlink())
-        parts: list[bytes | str] = [FORMAT, lab.image.model_dump_json(), (here / "prepare.sh").read_bytes()]
+        script = "prepare.sh" if lab.image else "prepare-cloud.sh"
+        parts: list[bytes | str] = [FORMAT, _recipe(lab), (here / script).read_bytes()]
         for path in overlay:
             # The owner's bits alone: a checkout has those of whoever cloned it elsewhere
             kind = f"-> {path.readlink()}" if path.is_symlink() else f"{path.stat().st_mode & 0o700:o}"
             parts += [str(path.relative_to(here)), kind, b"" if path.is_symlink() else path.read_bytes()]
-    return digest_of(*parts, *EXCLUDED)
+    return digest_of(*parts, *debian.EXCLUDED)
+
+
+def _recipe(lab: Lab) -> str:
+    """What the lab's file says of its disk; a keyring by what is in it, wherever it lies."""
+    keyring = lab.cloud_image.checksums.keyring if lab.cloud_image and lab.cloud_image.checksums else None
+    said = lab.disk.model_dump_json(exclude={"checksums": {"keyring"}})
+    return said + (digest_of(keyring.read_bytes()) if keyring and keyring.is_file() else "")
 
 
 def folder_of(lab: Lab, build_id: str) -> Path:
@@ -99,7 +121,7 @@ def find(lab: Lab, *, full_check: bool = False) -> Image | None:
 
 def damage(folder: Path, manifest: dict[str, Any], *, full: bool) -> str:
     """What is wrong with a cached image, or an empty text; see `cache.damage`."""
-    lacking = [key for key in ("kernel_release", "packages", "built") if key not in manifest]
+    lacking = [key for key in ("kernel_release", "packages", "built", "root_arguments") if key not in manifest]
     lacking += [name for name in FILES if name not in manifest["files"]]
     return f"its manifest has no {lacking[0]}" if lacking else cache.damage(folder, manifest, full=full)
 
@@ -112,14 +134,25 @@ def _image(lab: Lab, folder: Path, manifest: dict[str, Any]) -> Image:
         kernel_release=manifest["kernel_release"],
         packages=manifest["packages"],
         built=manifest["built"],
+        root_arguments=manifest["root_arguments"],
+        files=frozenset(manifest["files"]),
     )
 
 
-def ensure(lab: Lab, progress: Progress, *, rebuild: bool = False, uses: contextlib.ExitStack | None = None) -> Image:
-    """The lab's image, verified, built where there is none. Takes a minute or two then, and the network.
+def ensure(
+    lab: Lab,
+    progress: Progress,
+    *,
+    rebuild: bool = False,
+    uses: contextlib.ExitStack | None = None,
+    accelerator: str = "auto",
+    file: Path | None = None,
+) -> Image:
+    """The lab's image, verified, made where there is none. Takes minutes then, and the network.
 
-    Nobody removes it before `uses` is closed. Raises HostError and ImageError. Two runs that need the same image build
-    it once.
+    `accelerator` and `file` are for a cloud image that is prepared: auto, kvm or tcg; and the distribution's file,
+    where it is here already. Nobody removes the image before `uses` is closed. Raises HostError, ImageError,
+    DownloadError and MachineError. Two runs that need the same image make it once.
     """
     task = f"image {lab.id}"
     progress.step(task, "looking for the image")
@@ -131,7 +164,7 @@ def ensure(lab: Lab, progress: Progress, *, rebuild: bool = False, uses: context
         if image is None:
             folder = folder_of(lab, secrets.token_hex(3))
             held.enter_context(cache.use(folder))  # before it is there: nobody removes it in between
-            image = _build(lab, folder, task, progress)
+            image = _make(lab, folder, task, progress, accelerator, file)
         if uses is not None:
             uses.enter_context(held.pop_all())
     progress.done(task)
@@ -153,28 +186,16 @@ def _cached(lab: Lab, task: str, progress: Progress, uses: contextlib.ExitStack)
     return None
 
 
-def _build(lab: Lab, folder: Path, task: str, progress: Progress) -> Image:
-    _see_what_a_build_needs(lab)
+def _make(lab: Lab, folder: Path, task: str, progress: Progress, accelerator: str, file: Path | None) -> Image:
     with cache.making(f"image-{lab.id}", f"the image of {lab.id} was built") as work:
-        cache.need_mib(NEEDED_MIB, "building an image")
-        progress.step(task, f"installing {lab.title}'s packages")
-        _bootstrap(lab, work)
-        progress.step(task, "preparing the disk: units, policy, labels")
-        with resources.as_file(resources.files("lsmlab") / "image") as here:
-            for name in ("masked_units", "disabled_units"):
-                (work / name).write_text("".join(f"{u}\n" for u in getattr(lab.image, name)), "utf-8")
-            argv = ["sh", str(here / "prepare.sh"), str(work), str(here / "overlay"), str(lab.image.disk_mib)]
-            _host_step(host.in_namespace(argv), f"preparing the disk of {lab.id}")
-        progress.step(task, "proving that the policy without dontaudit decides the same")
-        about = _about(lab, work)
-        progress.step(task, "packing the disk")
-        convert = host.dying_with_us(
-            [host.need("qemu-img"), "convert", "-q", "-O", "qcow2", str(work / "disk.raw"), str(work / "disk.qcow2")]
-        )
-        _host_step(convert, f"packing the disk of {lab.id}")
+        if lab.image is not None:
+            found = debian.make(lab, lab.image, work, task, progress)
+        else:
+            found = cloud.make(lab, work, task, progress, accelerator, file)
+        files = debian.FILES if lab.image is not None else cloud.FILES
         for name in ("vmlinuz", "initrd"):
             (work / name).chmod(0o644)  # QEMU opens them itself, as a user of its own where root starts it
-        cache.publish(work, folder, FILES, about)
+        cache.publish(work, folder, files, _about(lab, work) | found)
     manifest = cache.read_manifest(folder)
     if manifest is None:
         raise ImageError(f"{folder}: the image vanished while it was put in place")
@@ -182,102 +203,13 @@ def _build(lab: Lab, folder: Path, task: str, progress: Progress) -> Image:
     return _image(lab, folder, manifest)
 
 
-def _see_what_a_build_needs(lab: Lab) -> None:
-    """Raises HostError that says what to do, here or elsewhere."""
-    try:
-        host.need_x86("building an image")
-        for program in ("mmdebstrap", "mke2fs", "debugfs", "qemu-img", "unshare", "setpriv"):
-            host.need(program)
-        if os.geteuid() != 0:
-            host.need("newuidmap")
-        host.need_namespaces()
-    except HostError as error:
-        elsewhere = (
-            f"Or take an image built elsewhere: `lsmlab images export {lab.id}` there, `lsmlab images import` here."
-        )
-        raise HostError(error.message, hint=f"{error.hint}\n  {elsewhere}".strip()) from error
-
-
-def _host_step(argv: list[str], what: str) -> None:
-    try:
-        host.run(argv, what=what, timeout=1800)
-    except HostError as error:
-        raise ImageError(error.message, hint=error.hint) from error
-
-
-def _bootstrap(lab: Lab, work: Path) -> None:
-    sources = package_sources(lab.image.suite)
-    (work / "apt.conf").write_text(proxy_settings(), "utf-8")
-    argv = [
-        host.need("mmdebstrap"), "--variant=minbase", "--format=tar", "--components=main",
-        f"--aptopt={work / 'apt.conf'}", *(f"--dpkgopt=path-exclude={p}" for p in EXCLUDED),
-        f"--include={','.join(lab.image.packages)}",
-    ]  # fmt: skip
-    # In namespaces of ours, also without root: they die with us, and what is left of it lies in the work folder
-    argv = host.in_namespace(["env", f"TMPDIR={work}", *argv, "--mode=root"])
-    try:
-        _host_step([*argv, lab.image.suite, str(work / "tree.tar"), *sources], f"installing the packages of {lab.id}")
-    except ImageError as error:
-        unknown = re.findall(r"^E: Unable to locate package (\S+)$", error.message, re.MULTILINE)
-        if not unknown:
-            raise
-        raise ImageError(
-            f"Debian {lab.image.suite} has no package {', '.join(unknown)}",
-            hint=f"Mend `packages` of the lab {lab.id} or of the scenario.",
-        ) from error
-
-
-def package_sources(suite: str) -> list[str]:
-    """apt sources for a Debian `suite`, from this machine's own apt configuration or $LSMLAB_MIRROR.
-
-    Raises HostError where this machine names no Debian mirror.
-    """
-    archive, security = os.environ.get("LSMLAB_MIRROR", ""), os.environ.get("LSMLAB_SECURITY_MIRROR", "")
-    if not archive and host.find("apt-get"):
-        template = "$(ORIGIN)|$(LABEL)|$(REPO_URI)"
-        listed = host.run([host.need("apt-get"), "indextargets", "--format", template], what="reading apt's sources")
-        for line in listed.decode("utf-8", "replace").splitlines():
-            origin, label, uri = (*line.split("|"), "", "")[:3]
-            if origin == "Debian" and label == "Debian":
-                archive = archive or uri
-            elif origin == "Debian" and label == "Debian-Security":
-                security = security or uri
-    if not archive:
-        raise HostError(
-            "this machine's apt configuration names no Debian archive to take packages from",
-            hint="Run `apt-get update`, or set LSMLAB_MIRROR to the address of a Debian archive.",
-        )
-    if not KEYRING.exists():
-        raise HostError(f"{KEYRING} is missing", hint="Run `make setup`, or: apt-get install debian-archive-keyring.")
-    option = f"[signed-by={KEYRING}]"
-    sources = [f"deb {option} {archive} {suite} main", f"deb {option} {archive} {suite}-updates main"]
-    if security:
-        sources.append(f"deb {option} {security} {suite}-security main")
-    return sources
-
-
-def proxy_settings() -> str:
-    """This machine's apt proxy settings, in apt.conf form; empty where it has none."""
-    if not host.find("apt-config"):
-        return ""
-    dump = host.run([host.need("apt-config"), "dump"], what="reading apt's configuration").decode("utf-8", "replace")
-    wanted = re.compile(r"^Acquire::(?:https?::(?:Proxy|Proxy-Auto-Detect|CaInfo)|Retries)\b.*\".+\";$")
-    return "".join(f"{line}\n" for line in dump.splitlines() if wanted.match(line))
-
-
 def _about(lab: Lab, work: Path) -> dict[str, Any]:
     packages = dict(line.split("\t") for line in (work / "packages").read_text("utf-8").splitlines())
-    about: dict[str, Any] = {
+    wanted = (*REPORTED_PACKAGES, *lab.disk.packages)
+    return {
         "lab": lab.id,
         "recipe": recipe_digest(lab),
         "built": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "kernel_release": (work / "kernel").read_text("utf-8").split()[0],
-        "asked": lab.image.packages,
-        "packages": {
-            name: version for name, version in packages.items() if name in (*REPORTED_PACKAGES, *lab.image.packages)
-        },
+        "asked": lab.disk.packages,
+        "packages": {name: version for name, version in packages.items() if name in wanted},
     }
-    if (work / "shipped.cil").exists():
-        shipped, audited = ((work / f"{n}.cil").read_text("utf-8") for n in ("shipped", "audited"))
-        about["dontaudit_rules_removed"] = policy.prove_same_decisions(shipped, audited)
-    return about

@@ -17,7 +17,8 @@ from pathlib import Path
 from lsmlab import host, paths
 from lsmlab.definition import digest_of
 from lsmlab.errors import HostError
-from lsmlab.machine.qemu import CPU, QEMU
+from lsmlab.machine.hardware import CPU
+from lsmlab.machine.qemu import QEMU
 
 KVM = Path("/dev/kvm")
 PROOF_SECONDS = 12
@@ -124,13 +125,25 @@ def probe(kernel: Path) -> tuple[KvmState, str]:
     return KvmState.BROKEN, f"it opens, but {words}"
 
 
+def worth_trying() -> bool:
+    """Whether KVM may work for a guest whose kernel is not known yet: it opens, and nothing broke under it here."""
+    try:
+        entries = [e for e in json.loads(_file().read_text("utf-8")).values() if e[2:] == [_boot_id()]]
+    except (OSError, ValueError, TypeError, AttributeError):
+        entries = []
+    return device_state() is None and all(entry[0] != KvmState.BROKEN for entry in entries)
+
+
+def _boot_id() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text("ascii").strip() if boot.exists() else ""
+
+
 def _key(kernel: Path) -> str:
     stat = kernel.stat()
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    boot_id = boot.read_text("ascii") if boot.exists() else ""
     early = device_state()
     access = early[0].value if early else "opens"
-    return digest_of(str(kernel), str(stat.st_mtime_ns), host.version(QEMU, "--version"), boot_id, access)[:32]
+    return digest_of(str(kernel), str(stat.st_mtime_ns), host.version(QEMU, "--version"), _boot_id(), access)[:32]
 
 
 def _file() -> Path:
@@ -153,5 +166,5 @@ def _remember(key: str, found: tuple[KvmState, str]) -> None:
     except (OSError, ValueError, TypeError):
         known = {}
     kept = dict(list(known.items())[-REMEMBERED:])
-    draft.write_text(json.dumps({**kept, key: [found[0].value, found[1]]}), "utf-8")
+    draft.write_text(json.dumps({**kept, key: [found[0].value, found[1], _boot_id()]}), "utf-8")
     draft.replace(path)

@@ -18,7 +18,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,56 +25,32 @@ from qemu.qmp import QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
 
 from lsmlab import host, portal
+from lsmlab.channel import ssh
 from lsmlab.channel.agent import AgentChannel
 from lsmlab.channel.base import Channel
 from lsmlab.errors import ChannelError, LsmlabError, MachineError
+from lsmlab.machine.hardware import SSH_PORT, Boot, Hardware, OwnLoader
 
 QEMU = "qemu-system-x86_64"
 QMP_SECONDS = 120.0
 """How long one monitor command may take: a snapshot on a busy disk is the slowest."""
-SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-CPU = {
-    # cmpxchg16b under QEMU 7.2's TCG corrupts SLUB's lists with kernels from 6.12 on: the guest panics
-    "tcg": "max,cx16=off",
-    "kvm": "host",
-}
 KVM = Path("/dev/kvm")
 ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH")
 """What QEMU is told of our environment, where there may be keys that a guest is to know least of all."""
+SSH_RETRY_SECONDS = 0.5
+"""Between two tries to log in to a guest that is not up yet: each has waited for an answer already."""
+SSH_AGAIN_SECONDS = 60.0
+"""How long a login may take in a guest that was let in before."""
 CONSOLE_BYTES = 1 << 16
 """The console's ring buffer lies in QEMU: a guest that floods it costs nothing. A power of two."""
+
+SEED_SET = 9
+"""The number of the seed's set of descriptors; those of the disk's layers are counted from 0."""
 
 _alive: set[QemuMachine] = set()
 _alive_lock = threading.Lock()
 _stops = 0
 """How often all guests were stopped: one that was on its way at such a moment is stopped as well."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """What a guest is made of. A saved state fits this very hardware only. `memory_mib` in MiB."""
-
-    accelerator: str
-    memory_mib: int
-    qemu_version: str
-
-    def arguments(self) -> list[str]:
-        """QEMU's options for it; no default devices, no network."""
-        return [
-            "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none",
-            "-machine", "q35,usb=off,vmport=off", "-accel", self.accelerator, "-cpu", CPU[self.accelerator],
-            "-smp", "1", "-m", f"{self.memory_mib}M", "-sandbox", SANDBOX,
-            "-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0",
-        ]  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Boot:
-    """A cold start: kernel, initial RAM disk, command line."""
-
-    kernel: Path
-    initrd: Path
-    command_line: str
 
 
 class QemuMachine:
@@ -86,6 +61,7 @@ class QemuMachine:
         self._process = process
         self._qmp_socket = qmp
         self._agent = agent
+        self._access: ssh.Access | None = None
         self._client = QMPClient(f"qemu-{name}")
         self._client.logger.disabled = True
         self._console_text = ""
@@ -99,17 +75,19 @@ class QemuMachine:
         disk: Path,
         *,
         below: Path | None = None,
-        boot: Boot | None = None,
+        boot: Boot | OwnLoader | None = None,
         incoming: Path | None = None,
         scratch: Path,
         keep_overlay: Path | None = None,
         timeout: float = 180,
+        access: ssh.Access | None = None,
     ) -> QemuMachine:
         """Start a guest on an overlay over `disk`, from `boot` or from the RAM state in file `incoming`.
 
         `below` is what `disk` is itself an overlay over; neither is written to. The overlay lies in `scratch` and is
-        unlinked, unless `keep_overlay` names where it shall stay. Blocks until the agent answers, at most `timeout`
-        seconds. Raises MachineError with the console's last lines.
+        unlinked, unless `keep_overlay` names where it shall stay. `access`: the agent is brought over SSH, and anew
+        after each restore; None: over a port of QEMU's, where the image has it started. Blocks until the agent answers,
+        at most `timeout` seconds. Raises MachineError with the console's last lines.
         """
         if (boot is None) == (incoming is None):
             raise ValueError("a guest starts from a kernel or from a saved state")
@@ -126,6 +104,7 @@ class QemuMachine:
             machine = cls._spawn(name, hardware, [overlay, disk, *([below] if below else [])], boot, incoming)
             if _stops != stops:  # looked at behind the entry in _alive: either this sees it, or it was killed
                 machine._process.kill()
+            machine._access = access
             machine._attach()
             machine._come_up(incoming is not None, timeout)
             if keep_overlay is None:
@@ -143,7 +122,12 @@ class QemuMachine:
 
     @classmethod
     def _spawn(
-        cls, name: str, hardware: Hardware, disks: Sequence[Path], boot: Boot | None, incoming: Path | None
+        cls,
+        name: str,
+        hardware: Hardware,
+        disks: Sequence[Path],
+        boot: Boot | OwnLoader | None,
+        incoming: Path | None,
     ) -> QemuMachine:
         program = host.need(QEMU)
         rights = host.no_rights(program, KVM if hardware.accelerator == "kvm" else None)
@@ -173,7 +157,9 @@ class QemuMachine:
                 "-chardev", f"ringbuf,id=console,size={CONSOLE_BYTES}", "-serial", "chardev:console", "-no-reboot",
                 "-chardev", f"socket,id=control,fd={qmp}", "-mon", "chardev=control,mode=control",
             ]  # fmt: skip
-            if boot is not None:
+            if isinstance(boot, OwnLoader):
+                argv += _seed(opened(boot.seed))
+            elif boot is not None:
                 for option, path in (("-kernel", boot.kernel), ("-initrd", boot.initrd)):
                     argv += [option, f"/proc/self/fd/{opened(path)}"]
                 argv += ["-append", boot.command_line]
@@ -213,7 +199,9 @@ class QemuMachine:
         if from_state:
             self._finish_incoming(time.monotonic() + 60)
         try:
-            if from_state:
+            if self._access is not None:
+                self._log_in(self._access, timeout)
+            elif from_state:
                 self._agent.wait_until_up(timeout)
             else:
                 self._agent.bootstrap(timeout)
@@ -221,6 +209,32 @@ class QemuMachine:
             if self._process.poll() is not None:
                 raise MachineError(f"QEMU ended: {self._last_words() or 'without a word'}") from error
             raise
+
+    def _log_in(self, access: ssh.Access, timeout: float) -> None:
+        """Bring the agent over SSH; a guest that has just been started answers when it is up. Raises ChannelError."""
+        place = access.place(self.name, self._ssh_port())
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                channel = ssh.open_place(place, as_service=True)
+            except ChannelError as error:
+                if self._process.poll() is not None:
+                    raise
+                if time.monotonic() > deadline:
+                    raise ChannelError(f"its sshd let nobody in within {timeout:.0f} s: {error.message}") from error
+                time.sleep(SSH_RETRY_SECONDS)
+                continue
+            self._agent.close()
+            self._agent = channel
+            return
+
+    def _ssh_port(self) -> int:
+        """The port of 127.0.0.1 at which QEMU passes on to the guest's sshd."""
+        said = self.monitor("human-monitor-command", **{"command-line": "info usernet"})
+        found = re.search(rf"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+{SSH_PORT}\s", said)
+        if found is None:
+            raise MachineError(f"guest {self.name}: QEMU passes no port on to the guest: {said.strip()[:200]}")
+        return int(found[1])
 
     def _finish_incoming(self, deadline: float) -> None:
         while True:
@@ -269,9 +283,22 @@ class QemuMachine:
 
     def restore(self, name: str) -> None:
         """See `Machine.restore`."""
+        if isinstance(self._agent, ssh.SshChannel):
+            self._agent.drop()
         self._human(f"loadvm {name}")
         if self.monitor("query-status").get("status") != "running":
             self.monitor("cont")
+        if self._access is not None:
+            self._log_in(self._access, SSH_AGAIN_SECONDS)
+
+    def power_off(self, timeout: float) -> None:
+        """Have the guest shut itself down, and wait until it has. Raises MachineError."""
+        with contextlib.suppress(ChannelError):  # the connection may end before the answer comes
+            self.channel.run(["systemctl", "poweroff"])
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise MachineError(f"guest {self.name}: does not shut down within {timeout:.0f} s") from None
 
     def save(self, path: Path) -> None:
         """Write the RAM state to `path` and leave the guest paused. Raises MachineError, also for a full disk."""
@@ -366,6 +393,15 @@ def _drive(disks: Sequence[Path], opened: Callable[[Path, int], int]) -> list[st
         layer = "backing." * number
         drive += f",{layer}driver=qcow2,{layer}file.driver=file,{layer}file.filename=/dev/fdset/{number}"
     return [*sets, "-drive", drive]
+
+
+def _seed(descriptor: int) -> list[str]:
+    """QEMU's options for the disk of cloud-init's source."""
+    file = f"driver=raw,file.driver=file,file.filename=/dev/fdset/{SEED_SET}"
+    return [
+        "-add-fd", f"fd={descriptor},set={SEED_SET}", "-drive", f"if=none,id=seed,readonly=on,{file}",
+        "-device", "virtio-blk-pci,drive=seed",
+    ]  # fmt: skip
 
 
 def _indent(text: str) -> str:

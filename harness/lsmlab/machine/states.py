@@ -22,16 +22,14 @@ from lsmlab.definition import digest_of
 from lsmlab.errors import HostError, LsmlabError, MachineError
 from lsmlab.image.build import Image
 from lsmlab.lab import Lab
-from lsmlab.machine.qemu import CPU, Boot, Hardware, QemuMachine
+from lsmlab.machine.hardware import CPU, Boot, Hardware
+from lsmlab.machine.qemu import QemuMachine
 from lsmlab.progress import Progress
 from lsmlab.terms import Framework, Kernel
 
 FORMAT = "3"
 FILES = ("ram", "disk.qcow2")
-COMMON_ARGUMENTS = (
-    "root=/dev/vda rw console=ttyS0 quiet audit=1 audit_backlog_limit=16384 panic=0 net.ifnames=0 "
-    "systemd.show_status=error"
-)
+COMMON_ARGUMENTS = "console=ttyS0 quiet audit=1 audit_backlog_limit=16384 panic=0 systemd.show_status=error"
 """panic=0: a guest that panics stands still, so that its console can be read."""
 BOOT_SECONDS = {"tcg": 300.0, "kvm": 60.0}
 CPU_INFO = Path("/proc/cpuinfo")
@@ -56,19 +54,20 @@ class SavedState:
             incoming=self.folder / "ram",
             scratch=scratch,
             timeout=60,
+            access=self.image.access,
         )
 
 
-def command_line(lab: Lab, kernel: Kernel) -> str:
+def command_line(lab: Lab, image: Image, kernel: Kernel) -> str:
     """The kernel's command line for one boot of `lab`."""
-    return f"{COMMON_ARGUMENTS} {lab.kernel_arguments[kernel]}"
+    return f"{image.root_arguments} {COMMON_ARGUMENTS} {lab.kernel_arguments[kernel]}"
 
 
 def fits(lab: Lab, image: Image, kernel: Kernel, hardware: Hardware) -> dict[str, Any]:
     """All that a saved state fits, as its manifest says it."""
     about: dict[str, Any] = {
         "format": FORMAT, "agent": agent_digest(), "lab": lab.id, "kernel": kernel.value,
-        "command_line": command_line(lab, kernel), "image": image.digest, "image_folder": image.folder.name,
+        "command_line": command_line(lab, image, kernel), "image": image.digest, "image_folder": image.folder.name,
         "qemu": hardware.qemu_version, "accelerator": hardware.accelerator, "cpu": CPU[hardware.accelerator],
         "memory_mib": hardware.memory_mib,
     }  # fmt: skip
@@ -130,7 +129,7 @@ def ensure(
             _say_what_is_stale(fits(lab, image, kernel, hardware), progress)
             folder = key.with_name(key.name + secrets.token_hex(3))
             held.enter_context(cache.use(folder))  # before it is there: nobody removes it in between
-            state = SavedState(folder, image, hardware, command_line(lab, kernel))
+            state = SavedState(folder, image, hardware, command_line(lab, image, kernel))
             _boot(lab, image, kernel, state, progress, task)
         uses.enter_context(held.pop_all())
     return state
@@ -147,7 +146,7 @@ def _saved(
             wrong = damage(folder, about, full=True)
             if not wrong:
                 uses.enter_context(held.pop_all())
-                return SavedState(folder, image, hardware, command_line(lab, kernel))
+                return SavedState(folder, image, hardware, command_line(lab, image, kernel))
         progress.note(f"The saved state of {lab.id} ({kernel}) is damaged ({wrong}): booting it anew.")
         discard(folder, progress)
     return None
@@ -186,6 +185,7 @@ def _boot(lab: Lab, image: Image, kernel: Kernel, state: SavedState, progress: P
             scratch=work,
             keep_overlay=work / "disk.qcow2",
             timeout=BOOT_SECONDS[state.hardware.accelerator],
+            access=image.access,
         )
         try:
             progress.step(task, f"letting {lab.title} settle (kernel: {kernel})")

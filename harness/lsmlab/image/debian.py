@@ -1,0 +1,132 @@
+"""A disk built from Debian packages with mmdebstrap, on this machine, without root."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lsmlab import cache, host
+from lsmlab.errors import HostError, ImageError
+from lsmlab.image import policy
+from lsmlab.lab import DebianImage, Lab
+from lsmlab.progress import Progress
+
+FILES = ("disk.qcow2", "vmlinuz", "initrd", "packages", "policy-tree.tar")
+ROOT_ARGUMENTS = "root=/dev/vda rw net.ifnames=0"
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+NEEDED_MIB = 5120
+"""What a build needs at its widest, with room to spare."""
+EXCLUDED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
+
+
+def make(lab: Lab, image: DebianImage, work: Path, task: str, progress: Progress) -> dict[str, Any]:
+    """Make FILES in `work`; what there is to say of them. Raises HostError and ImageError."""
+    _see_what_a_build_needs(lab)
+    cache.need_mib(NEEDED_MIB, "building an image")
+    progress.step(task, f"installing {lab.title}'s packages")
+    _bootstrap(lab, image, work)
+    progress.step(task, "preparing the disk: units, policy, labels")
+    with resources.as_file(resources.files("lsmlab") / "image") as here:
+        for name in ("masked_units", "disabled_units"):
+            (work / name).write_text("".join(f"{u}\n" for u in getattr(image, name)), "utf-8")
+        argv = ["sh", str(here / "prepare.sh"), str(work), str(here / "overlay"), str(image.disk_mib)]
+        host_step(host.in_namespace(argv), f"preparing the disk of {lab.id}")
+    progress.step(task, "proving that the policy without dontaudit decides the same")
+    about: dict[str, Any] = {
+        "kernel_release": (work / "kernel").read_text("utf-8").split()[0],
+        "root_arguments": ROOT_ARGUMENTS,
+    }
+    if (work / "shipped.cil").exists():
+        shipped, audited = ((work / f"{n}.cil").read_text("utf-8") for n in ("shipped", "audited"))
+        about["dontaudit_rules_removed"] = policy.prove_same_decisions(shipped, audited)
+    progress.step(task, "packing the disk")
+    convert = [host.need("qemu-img"), "convert", "-q", "-O", "qcow2", str(work / "disk.raw"), str(work / "disk.qcow2")]
+    host_step(host.dying_with_us(convert), f"packing the disk of {lab.id}")
+    return about
+
+
+def _see_what_a_build_needs(lab: Lab) -> None:
+    """Raises HostError that says what to do, here or elsewhere."""
+    try:
+        host.need_x86("building an image")
+        for program in ("mmdebstrap", "mke2fs", "debugfs", "qemu-img", "unshare", "setpriv"):
+            host.need(program)
+        if os.geteuid() != 0:
+            host.need("newuidmap")
+        host.need_namespaces()
+    except HostError as error:
+        elsewhere = (
+            f"Or take an image built elsewhere: `lsmlab images export {lab.id}` there, `lsmlab images import` here."
+        )
+        raise HostError(error.message, hint=f"{error.hint}\n  {elsewhere}".strip()) from error
+
+
+def host_step(argv: list[str], what: str) -> None:
+    """A long step on this machine. Raises ImageError."""
+    try:
+        host.run(argv, what=what, timeout=1800)
+    except HostError as error:
+        raise ImageError(error.message, hint=error.hint) from error
+
+
+def _bootstrap(lab: Lab, image: DebianImage, work: Path) -> None:
+    sources = package_sources(image.suite)
+    (work / "apt.conf").write_text(proxy_settings(), "utf-8")
+    argv = [
+        host.need("mmdebstrap"), "--variant=minbase", "--format=tar", "--components=main",
+        f"--aptopt={work / 'apt.conf'}", *(f"--dpkgopt=path-exclude={p}" for p in EXCLUDED),
+        f"--include={','.join(image.packages)}",
+    ]  # fmt: skip
+    # In namespaces of ours, also without root: they die with us, and what is left of it lies in the work folder
+    argv = host.in_namespace(["env", f"TMPDIR={work}", *argv, "--mode=root"])
+    try:
+        host_step([*argv, image.suite, str(work / "tree.tar"), *sources], f"installing the packages of {lab.id}")
+    except ImageError as error:
+        unknown = re.findall(r"^E: Unable to locate package (\S+)$", error.message, re.MULTILINE)
+        if not unknown:
+            raise
+        raise ImageError(
+            f"Debian {image.suite} has no package {', '.join(unknown)}",
+            hint=f"Mend `packages` of the lab {lab.id} or of the scenario.",
+        ) from error
+
+
+def package_sources(suite: str) -> list[str]:
+    """apt sources for a Debian `suite`, from this machine's own apt configuration or $LSMLAB_MIRROR.
+
+    Raises HostError where this machine names no Debian mirror.
+    """
+    archive, security = os.environ.get("LSMLAB_MIRROR", ""), os.environ.get("LSMLAB_SECURITY_MIRROR", "")
+    if not archive and host.find("apt-get"):
+        template = "$(ORIGIN)|$(LABEL)|$(REPO_URI)"
+        listed = host.run([host.need("apt-get"), "indextargets", "--format", template], what="reading apt's sources")
+        for line in listed.decode("utf-8", "replace").splitlines():
+            origin, label, uri = (*line.split("|"), "", "")[:3]
+            if origin == "Debian" and label == "Debian":
+                archive = archive or uri
+            elif origin == "Debian" and label == "Debian-Security":
+                security = security or uri
+    if not archive:
+        raise HostError(
+            "this machine's apt configuration names no Debian archive to take packages from",
+            hint="Run `apt-get update`, or set LSMLAB_MIRROR to the address of a Debian archive.",
+        )
+    if not KEYRING.exists():
+        raise HostError(f"{KEYRING} is missing", hint="Run `make setup`, or: apt-get install debian-archive-keyring.")
+    option = f"[signed-by={KEYRING}]"
+    sources = [f"deb {option} {archive} {suite} main", f"deb {option} {archive} {suite}-updates main"]
+    if security:
+        sources.append(f"deb {option} {security} {suite}-security main")
+    return sources
+
+
+def proxy_settings() -> str:
+    """This machine's apt proxy settings, in apt.conf form; empty where it has none."""
+    if not host.find("apt-config"):
+        return ""
+    dump = host.run([host.need("apt-config"), "dump"], what="reading apt's configuration").decode("utf-8", "replace")
+    wanted = re.compile(r"^Acquire::(?:https?::(?:Proxy|Proxy-Auto-Detect|CaInfo)|Retries)\b.*\".+\";$")
+    return "".join(f"{line}\n" for line in dump.splitlines() if wanted.match(line))
