@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,7 +22,6 @@ UnitName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9:_.@][A-Za-z0-9
 PackageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9+._-]+$")]
 WebAddress = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+/\S+$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-NameOfValue = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 class DebianImage(Strict):
@@ -59,6 +59,8 @@ class CloudImage(Strict):
     packages: tuple[PackageName, ...] = Field(min_length=1)
     disk_mib: int = Field(ge=1024, le=65536)
     """Size of the disk, MiB; the distribution's is made larger where it is smaller."""
+    prepare: tuple[Annotated[tuple[str, ...], Field(min_length=1)], ...] = Field(default=())
+    """Commands that make this distribution as scenarios expect it; done once, when the packages are there."""
     masked_units: tuple[str, ...] = Field(default=())
     disabled_units: tuple[str, ...] = Field(default=())
 
@@ -91,8 +93,8 @@ class Lab(Definition):
     kernel_arguments: dict[Kernel, str]
     """The part of the kernel's command line that picks the framework, for each boot."""
     services: dict[Identifier, Service] = Field(default_factory=dict)
-    names: dict[NameOfValue, str] = Field(default_factory=dict)
-    """What this distribution calls what set-ups name as `{lab.NAME}`: users, paths."""
+    names: dict[str, str] = Field(default_factory=dict)
+    """What this distribution calls what Debian, whose names scenarios use, calls otherwise: users, groups, paths."""
 
     @model_validator(mode="after")
     def _one_image(self) -> Lab:
@@ -119,6 +121,12 @@ class Lab(Definition):
             return self
         disk = self.disk.model_copy(update={"packages": (*self.disk.packages, *sorted(more))})
         return self.model_copy(update={"image" if self.image else "cloud_image": disk})
+
+    def named(self, text: str) -> str:
+        """`text` of a set-up with this distribution's own names in place of Debian's."""
+        for debian, own in self.names.items():
+            text = re.sub(rf"(?<![\w.-]){re.escape(debian)}(?![\w.-])", own.replace("\\", r"\\"), text)
+        return text
 
     def service(self, name: str) -> Service:
         """The service called `name`. Raises DefinitionError with the nearest name."""

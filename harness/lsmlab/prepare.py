@@ -44,15 +44,15 @@ def plan_of(scenario: Scenario, lab: Lab) -> Plan:
     """The plan of a scenario on a lab. Raises DefinitionError where the lab has no such service."""
     return Plan(
         unit=scenario.subject.unit or lab.service(scenario.subject.service or "").unit,
-        setup=scenario.setup,
-        after_start=scenario.after_start,
+        setup=tuple(step.renamed(lab.named) for step in scenario.setup),
+        after_start=tuple(step.renamed(lab.named) for step in scenario.after_start),
         policy=PolicyUnderTest(
             scenario.selinux.modules,
             tuple(sorted(scenario.selinux.booleans.items())),
             scenario.apparmor.profiles,
             scenario.apparmor.shipped,
         ),
-        object_path=scenario.object.path,
+        object_path=scenario.object.path and lab.named(scenario.object.path),
     )
 
 

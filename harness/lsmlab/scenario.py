@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -119,6 +120,14 @@ class Step(Strict):
         if (self.run is None) == (self.write is None):
             raise ValueError("expected exactly one of: run, write")
         return self
+
+    def renamed(self, named: Callable[[str], str]) -> Step:
+        """The step with other names in its command, or in where it writes and whose the file is."""
+        if self.run is not None:
+            return self.model_copy(update={"run": tuple(named(word) for word in self.run)})
+        assert self.write is not None
+        write = {"path": named(self.write.path), "owner": named(self.write.owner)}
+        return self.model_copy(update={"write": self.write.model_copy(update=write)})
 
 
 class HttpRequest(Strict):

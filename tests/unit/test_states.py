@@ -129,7 +129,8 @@ def test_a_state_is_booted_once_and_says_what_it_fits(
     assert manifest is not None
     wanted = {
         "lab": "debian-13", "kernel": "none", "command_line": states.command_line(lab, image, NONE),
-        "image": image.digest, "image_folder": image.folder.name, "qemu": hardware(lab).qemu_version, "accelerator": "tcg",
+        "image": image.digest, "image_folder": image.folder.name,
+        "qemu": hardware(lab).qemu_version, "accelerator": "tcg",
         "memory_mib": lab.memory_mib, "format": states.FORMAT,
     }  # fmt: skip
     assert wanted.items() <= manifest.items()

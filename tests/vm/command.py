@@ -24,12 +24,12 @@ def environment(state: Path, **more: str) -> dict[str, str]:
 
 
 def lsmlab(
-    *arguments: str, env: Mapping[str, str], code: int | None = 0, timeout: float = 1700
+    *arguments: str, env: Mapping[str, str], code: int | None = 0, timeout: float = 1700, cwd: Path = REPO
 ) -> subprocess.CompletedProcess[str]:
     """Run the command to its end. Fails with all that it printed unless it ends with `code`."""
     done = subprocess.run(
         [sys.executable, "-m", "lsmlab.cli", *arguments],
-        cwd=REPO, env=dict(env), capture_output=True, text=True, timeout=timeout, check=False,
+        cwd=cwd, env=dict(env), capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip
     if code is not None:
         assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"

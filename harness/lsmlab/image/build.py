@@ -19,7 +19,7 @@ from lsmlab.image.seed import USER
 from lsmlab.lab import Lab
 from lsmlab.progress import Progress
 
-FORMAT = "1"
+FORMAT = "2"
 """Changes with the meaning of what is built: older images are then built anew."""
 FILES = ("disk.qcow2", "vmlinuz", "initrd", "packages")
 """What every image has."""

@@ -168,6 +168,8 @@ def _prepare(
         _there(channel, refresh, "reading the package lists")
         progress.step(task, f"installing {len(image.packages)} packages in the guest")
         _there(channel, (*install, *image.packages), f"installing the packages of {lab.id}")
+        for argv in image.prepare:
+            _there(channel, argv, f"preparing {lab.id}: {' '.join(argv)[:200]}")
         progress.step(task, "preparing the disk: units, policy, labels")
         _bring(channel, lab, image)
         selinux = "yes" if Framework.SELINUX in lab.frameworks else "no"

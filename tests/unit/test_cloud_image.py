@@ -1,0 +1,281 @@
+"""Cloud images, as far as no guest is needed: what is taken from elsewhere, and what a lab's file may say."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pycdlib
+import pytest
+from test_signed import needs_gpg
+
+import standin
+from lsmlab import discovery, download, lab
+from lsmlab.channel.base import CommandResult
+from lsmlab.channel.ssh import Access
+from lsmlab.errors import DamagedError, DefinitionError, DownloadError, HostError, ImageError
+from lsmlab.image import build, cloud, seed
+from lsmlab.lab import CloudImage, Lab
+from lsmlab.progress import Silent
+from standin import UBUNTU, Signer, served
+
+CONTENT = b"\0" * 510 + b"\x55\xaa" + b"\0" * 512
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A distribution's folder, with one image."""
+    monkeypatch.setenv("LSMLAB_HOME", str(tmp_path / "home"))
+    made = tmp_path / "published"
+    made.mkdir()
+    (made / "ubuntu-shaped.qcow2").write_bytes(CONTENT)
+    return made
+
+
+@pytest.fixture
+def address(folder: Path) -> Iterator[str]:
+    with served(folder) as found:
+        yield found
+
+
+@pytest.fixture
+def signer(tmp_path: Path) -> Iterator[Signer]:
+    made = Signer.make(tmp_path / "gnupg")
+    yield made
+    made.close()
+
+
+def image(address: str, **more: Any) -> CloudImage:
+    said = {"sha256": DIGEST, "installer": "apt", "packages": ["nginx"], "disk_mib": 1024}
+    return CloudImage.model_validate_json(json.dumps({"url": f"{address}/ubuntu-shaped.qcow2", **said, **more}))
+
+
+def signed_image(address: str, signer: Signer, tmp_path: Path, **more: Any) -> CloudImage:
+    (tmp_path / "key.asc").write_bytes(signer.public)
+    lists = {
+        "url": f"{address}/SHA256SUMS", "signature": f"{address}/SHA256SUMS.gpg", "keyring": str(tmp_path / "key.asc"),
+    }  # fmt: skip
+    return image(address, sha256=None, checksums=lists, **more)
+
+
+# What is taken
+
+
+def test_a_pinned_digest_is_what_counts(address: str) -> None:
+    assert cloud._expected_digest(image(address), Silent(), "t") == DIGEST
+
+
+@needs_gpg
+def test_a_signed_list_says_the_digest(address: str, folder: Path, signer: Signer, tmp_path: Path) -> None:
+    standin.publish(folder, "ubuntu-shaped.qcow2", UBUNTU, signer)
+    assert cloud._expected_digest(signed_image(address, signer, tmp_path), Silent(), "t") == DIGEST
+
+
+@needs_gpg
+def test_a_pin_that_the_list_contradicts_is_an_error(
+    address: str, folder: Path, signer: Signer, tmp_path: Path
+) -> None:
+    standin.publish(folder, "ubuntu-shaped.qcow2", UBUNTU, signer)
+    other = signed_image(address, signer, tmp_path).model_copy(update={"sha256": "0" * 64})
+    with pytest.raises(ImageError, match="the distribution's list says"):
+        cloud._expected_digest(other, Silent(), "t")
+
+
+@needs_gpg
+def test_a_list_that_is_not_there_is_an_error(address: str, signer: Signer, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="the server says 404"):
+        cloud._expected_digest(signed_image(address, signer, tmp_path), Silent(), "t")
+
+
+def test_what_is_small_is_not_read_without_end(address: str, folder: Path) -> None:
+    (folder / "list").write_bytes(b"x" * 2000)
+    assert download.small(f"{address}/list", 2000) == b"x" * 2000
+    with pytest.raises(DownloadError, match="more than 1999 bytes"):
+        download.small(f"{address}/list", 1999)
+
+
+def test_another_digest_is_damage(folder: Path) -> None:
+    assert cloud._verify(folder / "ubuntu-shaped.qcow2", DIGEST, "it") == DIGEST
+    with pytest.raises(DamagedError, match=f"it: its SHA-256 is {DIGEST}, expected {'0' * 64}"):
+        cloud._verify(folder / "ubuntu-shaped.qcow2", "0" * 64, "it")
+    with pytest.raises(HostError, match="No such file"):
+        cloud._verify(folder / "nowhere", DIGEST, "it")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>captive portal</html>", b"\0" * 1024, CONTENT[:-1]])
+def test_what_is_no_disk_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(DamagedError, match="it: is no disk"):
+        cloud._unpack(tmp_path / "file", tmp_path / "disk", 1024, "it")
+    assert not (tmp_path / "disk").exists()
+
+
+def standin_lab(address: str, folder: Path, **changes: Any) -> Lab:
+    """A stand-in's lab with changes to what its file says of the image; None takes a key away."""
+    lines = standin.lab_file(UBUNTU, address, folder / "key", "standin").splitlines()
+    for number, line in enumerate(lines):
+        key, _, said = line.partition(": ")
+        if key == "cloud_image":
+            kept = {k: v for k, v in (json.loads(said) | changes).items() if v is not None}
+            lines[number] = f"{key}: {json.dumps(kept)}"
+    path = folder / "standin.yaml"
+    path.write_text("\n".join(lines) + "\n")
+    return lab.load(path, lambda _: None)
+
+
+def test_a_wrong_image_is_refused_and_leaves_nothing(address: str, tmp_path: Path) -> None:
+    made = standin_lab(address, tmp_path, checksums=None, sha256="0" * 64)
+    with pytest.raises(DamagedError, match="its SHA-256 is"):
+        build.ensure(made, Silent(), accelerator="tcg")
+    kept = [p for p in (tmp_path / "home").rglob("*") if p.is_file() and p.stat().st_size >= len(CONTENT)]
+    assert kept == []
+
+
+def test_a_file_that_is_here_is_verified_as_well(address: str, folder: Path, tmp_path: Path) -> None:
+    made = standin_lab(address, tmp_path, checksums=None, sha256="0" * 64)
+    with pytest.raises(DamagedError, match=r"ubuntu-shaped\.qcow2: its SHA-256 is"):
+        build.ensure(made, Silent(), accelerator="tcg", file=folder / "ubuntu-shaped.qcow2")
+
+
+# What a guest says
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("BOOT_IMAGE=/boot/vmlinuz root=UUID=1-2 ro console=tty1 console=ttyS0 quiet", "root=UUID=1-2 ro"),
+        ("root=UUID=1 ro rootflags=subvol=root selinux=0 rd.luks=0", "root=UUID=1 ro rootflags=subvol=root rd.luks=0"),
+        ("root=LABEL=x rw security=apparmor net.ifnames=0 init=/bin/sh", "root=LABEL=x rw net.ifnames=0"),
+    ],
+)
+def test_of_a_command_line_the_root_file_system_is_kept(said: str, kept: str) -> None:
+    assert cloud.root_arguments(said) == kept
+
+
+def test_a_kernel_without_a_root_is_refused() -> None:
+    with pytest.raises(ImageError, match="without root="):
+        cloud.root_arguments("quiet rootwait")
+
+
+class Files:
+    """A guest's files, read piece by piece with dd."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float = 60) -> CommandResult:
+        """What dd writes."""
+        said = dict(word.partition("=")[::2] for word in argv[1:])
+        start = int(said["bs"]) * int(said["skip"])
+        return CommandResult(tuple(argv), 0, None, self.content[start : start + int(said["bs"])], b"", 0.0)
+
+    def write_file(self, path: str, data: bytes, *, mode: int | None = None, owner: str | None = None) -> None:
+        """Not here."""
+        raise NotImplementedError
+
+    def ask(self, operation: str, *, within: float = 30, **arguments: Any) -> Any:
+        """Not here."""
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("size", [1, cloud.PIECE - 1, cloud.PIECE, cloud.PIECE + 1, 2 * cloud.PIECE])
+def test_a_file_is_fetched_whole(tmp_path: Path, size: int) -> None:
+    content = (bytes(range(251)) * (size // 251 + 1))[:size]
+    cloud.fetch(Files(content), "/boot/initrd", tmp_path / "initrd")
+    assert (tmp_path / "initrd").read_bytes() == content
+
+
+def test_a_file_of_any_size_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cloud, "MOST_FETCHED", 2 * cloud.PIECE)
+    with pytest.raises(ImageError, match="more than 8 MiB"):
+        cloud.fetch(Files(b"x" * (2 * cloud.PIECE + 1)), "/boot/initrd", tmp_path / "initrd")
+    with pytest.raises(ImageError, match="is empty"):
+        cloud.fetch(Files(b""), "/boot/initrd", tmp_path / "initrd")
+
+
+# The seed
+
+
+def test_the_seed_is_what_cloud_init_looks_for(tmp_path: Path) -> None:
+    user, machine = seed.KeyPair.generate(), seed.KeyPair.generate()
+    seed.write(tmp_path / "seed.iso", user, machine)
+    disk = pycdlib.PyCdlib()
+    disk.open(str(tmp_path / "seed.iso"))
+    try:
+        assert disk.pvd.volume_identifier.rstrip() == b"cidata"
+        names = {child.rock_ridge.name() for child in disk.list_children(rr_path="/") if child.rock_ridge.name()}
+        assert {b"user-data", b"meta-data", b"network-config"} <= names
+        disk.get_file_from_iso(str(tmp_path / "user-data"), rr_path="/user-data")
+    finally:
+        disk.close()
+    text = (tmp_path / "user-data").read_text()
+    assert text.startswith("#cloud-config\n")
+    assert user.public in text
+    assert user.private not in text
+    assert machine.public in text
+    blob = base64.b64decode(user.public.split()[1])
+    assert blob.startswith(b"\0\0\0\x0bssh-ed25519")
+
+
+def test_a_guest_is_known_by_its_key_at_any_port(tmp_path: Path) -> None:
+    place = Access("lsmlab", tmp_path / "key", tmp_path / "known").place("guest", 4711)
+    assert (place.address, place.port, place.known_as) == ("127.0.0.1", 4711, Access.HOST_NAME)
+    assert place.only_these_keys
+    assert not place.new_key
+
+
+# Labs
+
+
+CLOUD_LABS = ("almalinux-10", "fedora-44", "opensuse-16.0", "ubuntu-24.04", "ubuntu-26.04")
+
+
+@pytest.mark.parametrize("name", CLOUD_LABS)
+def test_the_distributions_labs_are_verified_by_keys_that_are_here(name: str) -> None:
+    found = discovery.load_lab(name)
+    assert found.cloud_image is not None
+    lists = found.cloud_image.checksums
+    assert lists is not None
+    assert lists.keyring.is_file()
+    assert found.cloud_image.url.startswith("https://")
+    assert found.cloud_image.installer == {"f": "dnf", "a": "dnf", "u": "apt", "o": "zypper"}[name[0]]
+
+
+def test_set_ups_use_the_distributions_own_names() -> None:
+    fedora = discovery.load_lab("fedora-44")
+    assert fedora.named("www-data") == "nginx"
+    assert fedora.named("www-data:www-data") == "nginx:nginx"
+    assert fedora.named("user:www-data:---") == "user:nginx:---"
+    assert fedora.named("/srv/www-data.txt") == "/srv/www-data.txt"
+    assert fedora.named("/etc/nginx/sites-enabled/default") == "/etc/nginx/conf.d/lsmlab.conf"
+    assert discovery.load_lab("debian-13").named("www-data") == "www-data"
+
+
+def test_an_image_that_nothing_vouches_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DefinitionError, match="nothing vouches for is not taken"):
+        standin_lab("http://127.0.0.1:1", tmp_path, checksums=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"url": "ftp://example.org/x"}, "cloud_image.url"),
+        ({"installer": "pacman"}, "cloud_image.installer"),
+        ({"sha256": "ab"}, "cloud_image.sha256"),
+        ({"checksums": {"url": "http://example.org/x"}}, "cloud_image.checksums.keyring: is missing"),
+    ],
+)
+def test_a_fault_in_a_lab_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(DefinitionError, match=words):
+        standin_lab("http://127.0.0.1:1", tmp_path, **changes)
+
+
+def test_a_lab_has_one_image() -> None:
+    both = discovery.load_lab("debian-13").model_dump() | {"cloud_image": discovery.load_lab("fedora-44").cloud_image}
+    with pytest.raises(ValueError, match="expected either `image`"):
+        Lab.model_validate(both)
