@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import hashlib
 import random
 import shlex
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,8 +28,12 @@ from lsmlab import attempt, discovery
 from lsmlab.bench import open_bench
 from lsmlab.channel.agent import AgentChannel
 from lsmlab.channel.base import Channel, CommandResult
+from lsmlab.channel.ssh import Access
 from lsmlab.errors import ChannelError, CommandTimeoutError, LsmlabError, MachineError
+from lsmlab.image.seed import KeyPair
+from lsmlab.machine import states
 from lsmlab.machine.base import Machine
+from lsmlab.machine.hardware import Boot, Network
 from lsmlab.machine.qemu import QemuMachine
 from lsmlab.progress import Silent
 from lsmlab.terms import Kernel
@@ -71,11 +77,12 @@ AGENTS = {"agent": sys.executable}
 if oldest := python_3_9():
     AGENTS["agent-on-python-3.9"] = oldest
 VM = pytest.param("qemu", marks=pytest.mark.lsmlab_vm)
-MACHINES = pytest.mark.parametrize("opener", ["fake", VM], indirect=True)
+VM_OVER_SSH = pytest.param("qemu-over-ssh", marks=[pytest.mark.lsmlab_vm, pytest.mark.ssh])
+MACHINES = pytest.mark.parametrize("opener", ["fake", VM, VM_OVER_SSH], indirect=True)
 """For tests of a machine: the agent alone is none."""
 
 
-@pytest.fixture(scope="module", params=["fake", *AGENTS, "agent-over-ssh", VM])
+@pytest.fixture(scope="module", params=["fake", *AGENTS, "agent-over-ssh", VM, VM_OVER_SSH])
 def opener(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opener]:
     """Opens a fresh machine, stopped at the end of the block."""
     if request.param == "fake":
@@ -114,6 +121,9 @@ def opener(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
         yield over_ssh
         return
+    if request.param == "qemu-over-ssh":
+        yield from over_ssh_in_a_guest(tmp_path_factory.mktemp("qemu-ssh"))
+        return
     with open_bench(discovery.load_lab("debian-13"), Silent()) as bench:
 
         @contextlib.contextmanager
@@ -123,6 +133,48 @@ def opener(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
                 yield Guest(machine, "/root/contract", "/dev/console")
 
         yield qemu
+
+
+LET_IN = """
+set -e
+ip address add 10.0.2.15/24 dev eth0
+ip link set eth0 up
+ip route add default via 10.0.2.2
+systemctl unmask --quiet ssh.service
+mkdir -p -m 700 /root/.ssh
+cat > /root/.ssh/authorized_keys
+printf '%s' "$1" > /etc/ssh/ssh_host_ed25519_key
+chmod 600 /etc/ssh/ssh_host_ed25519_key
+mkdir -p /root/contract
+systemctl start ssh.service
+"""
+
+
+def over_ssh_in_a_guest(folder: Path) -> Iterator[Opener]:
+    """A guest with a network card that only this machine reaches, asked over SSH, as those of cloud images are."""
+    user, machine_key = KeyPair.generate(), KeyPair.generate()
+    (folder / "key").touch(0o600)
+    (folder / "key").write_text(user.private)
+    (folder / "known").write_text(f"{Access.HOST_NAME} {machine_key.public}\n")
+    access = Access("root", folder / "key", folder / "known")
+    with open_bench(discovery.load_lab("debian-13"), Silent()) as bench:
+        made_of = dataclasses.replace(bench.hardware, network=Network.OURS)
+        boot = Boot(
+            bench.image.kernel, bench.image.initrd, states.command_line(bench.lab, bench.image, Kernel.NONE)
+        )  # fmt: skip
+
+        @contextlib.contextmanager
+        def opened() -> Iterator[Guest]:
+            machine = QemuMachine.start("over-ssh", made_of, bench.image.disk, boot=boot, scratch=folder, timeout=300)
+            try:
+                let_in = ["sh", "-c", LET_IN, "sh", machine_key.private]
+                machine.channel.run(let_in, stdin=f"{user.public}\n".encode()).check()
+                machine.use_ssh(access, 60)
+                yield Guest(machine, "/root/contract", "/dev/console")
+            finally:
+                machine.stop()
+
+        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from rich.console import Console
 from lsmlab import __version__, discovery, schema, selection
 from lsmlab.definition import unknown_name
 from lsmlab.errors import DefinitionError, LsmlabError
+from lsmlab.lab import Lab
 from lsmlab.progress import Progress, Silent
 from lsmlab.report.progress import LiveProgress
 from lsmlab.terminal import clean, clean_json
@@ -99,6 +100,14 @@ GuestsOption = Annotated[
 JsonOption = Annotated[
     Path | None, typer.Option("--json", metavar="FILE|-", help="Write the results as JSON; - is standard output.")
 ]
+ImageOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--image",
+        metavar="FILE",
+        help="The distribution's image of a cloud lab, where it is here already; verified.",
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
 
 
@@ -142,6 +151,15 @@ def write_json(content: str, target: Path | None) -> None:
         draft.replace(target)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def image_of(lab: Lab, file: Path | None) -> Path | None:
+    """`--image`: for a lab whose image is downloaded. Raises DefinitionError."""
+    if file is not None and lab.cloud_image is None:
+        raise DefinitionError(f"--image {file}: lab {lab.id} is built from packages, and takes no image")
+    if file is not None and not file.is_file():
+        raise DefinitionError(f"--image {file}: no such file")
+    return file
 
 
 def accelerator_of(value: str) -> str:

@@ -21,6 +21,7 @@ from lsmlab.cli.base import (
     NOTHING,
     AccelOption,
     GuestsOption,
+    ImageOption,
     JsonOption,
     LabOption,
     QuietOption,
@@ -30,6 +31,7 @@ from lsmlab.cli.base import (
     arm_of,
     console,
     frameworks_of,
+    image_of,
     known,
     need_arm,
     progress_shown,
@@ -57,6 +59,7 @@ def run_command(
     json_file: JsonOption = None,
     accel: AccelOption = "auto",
     guests: GuestsOption = None,
+    image: ImageOption = None,
     falsify: Annotated[
         bool, typer.Option("--falsify", help="See whether each CONTAINED could have come out otherwise.")
     ] = False,
@@ -76,10 +79,13 @@ def run_command(
         lsmlab run path/to/my-scenario
 
         lsmlab run nginx-reads-shadow --falsify
+
+        lsmlab run nginx-reads-shadow --lab fedora-44
     """
     see_json_target(json_file)
     accelerator_of(accel)
     machine = discovery.load_lab(lab)
+    file = image_of(machine, image)
     wanted = run.cases(discovery.load_scenarios(scenarios or ()), machine, frameworks_of(framework))
     if not wanted:
         say("nothing to run: no scenario has an expectation for the frameworks asked for")
@@ -90,7 +96,7 @@ def run_command(
     try:
         with progress_shown(quiet) as progress:
             for outcome in _outcomes(
-                machine, wanted, progress, accelerator=accelerator_of(accel), guests=guests, falsify=falsify
+                machine, wanted, progress, accelerator=accelerator_of(accel), guests=guests, falsify=falsify, image=file
             ):
                 if outcome.falsification is not None:
                     outcomes[[o.id for o in outcomes].index(outcome.id)] = outcome
@@ -111,14 +117,21 @@ def run_command(
 
 
 def _outcomes(
-    lab: Lab, wanted: Sequence[run.Case], progress: Progress, *, accelerator: str, guests: int | None, falsify: bool
+    lab: Lab,
+    wanted: Sequence[run.Case],
+    progress: Progress,
+    *,
+    accelerator: str,
+    guests: int | None,
+    falsify: bool,
+    image: Path | None,
 ) -> Iterator[Outcome]:
     """The outcome of each case, on the lab's image, or on one with the packages that it needs besides.
 
     With `falsify`, those that are CONTAINED come once more, with their falsification.
     """
     for machine, cases in run.by_image(lab, wanted):
-        with open_bench(machine, progress, accelerator=accelerator, guests=guests) as bench:
+        with open_bench(machine, progress, accelerator=accelerator, guests=guests, file=image) as bench:
             more = ", ".join(p for p in machine.disk.packages if p not in lab.disk.packages)
             progress.note(f"Lab {lab.id}{more and f' with {more}'}, {bench.acceleration.sentence()}")
             progress.note(f"Guests at once: {bench.budget.guests} ({bench.budget.reason})")

@@ -16,10 +16,14 @@ from lsmlab.cli.base import (
     EPILOG,
     ERROR,
     NOT_AS_EXPECTED,
+    AccelOption,
+    ImageOption,
     JsonOption,
     QuietOption,
+    accelerator_of,
     app,
     console,
+    image_of,
     images_app,
     lab_names,
     need_writable,
@@ -98,22 +102,32 @@ def images_list(json_file: JsonOption = None) -> None:
 def images_build(
     labs: Annotated[list[str], typer.Argument(metavar="LAB...", autocompletion=lab_names)],
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Build anew, with today's packages.")] = False,
+    image: ImageOption = None,
+    accel: AccelOption = "auto",
     quiet: QuietOption = False,
 ) -> None:
-    """Build the images of labs, where they are not built yet.
+    """Build the images of labs, or download and prepare them, where they are not there yet.
 
-    Example:
+    Examples:
 
         lsmlab images build debian-13 debian-12
+
+        lsmlab images build fedora-44 --image Fedora-Cloud-Base-Generic-44-1.7.x86_64.qcow2
     """
     machines = [discovery.load_lab(name) for name in labs]
+    if image is not None and len(machines) > 1:
+        raise DefinitionError(f"--image {image}: of which lab? Name one")
+    file, accelerator = image_of(machines[0], image), accelerator_of(accel)
     with progress_shown(quiet) as progress, contextlib.ExitStack() as uses:
         limit = inventory.Limit(progress)
         cache.sweep()
-        built = [build.ensure(machine, progress, rebuild=rebuild, uses=uses) for machine in machines]
+        built = [
+            build.ensure(machine, progress, rebuild=rebuild, uses=uses, accelerator=accelerator, file=file)
+            for machine in machines
+        ]
         limit.keep()
-    for image in built:
-        print(f"{image.lab}  {image.digest[:16]}  {image.folder}")
+    for made in built:
+        print(f"{made.lab}  {made.digest[:16]}  {made.folder}")
 
 
 @images_app.command("export")

@@ -104,9 +104,8 @@ class QemuMachine:
             machine = cls._spawn(name, hardware, [overlay, disk, *([below] if below else [])], boot, incoming)
             if _stops != stops:  # looked at behind the entry in _alive: either this sees it, or it was killed
                 machine._process.kill()
-            machine._access = access
             machine._attach()
-            machine._come_up(incoming is not None, timeout)
+            machine._come_up(incoming is not None, timeout, access)
             if keep_overlay is None:
                 overlay.unlink()  # not sooner: a start from a saved state opens it again by name
         except BaseException as error:
@@ -195,12 +194,12 @@ class QemuMachine:
             raise MachineError(f"QEMU ended or does not answer: {words or error}") from error
         self._agent.connect()
 
-    def _come_up(self, from_state: bool, timeout: float) -> None:
+    def _come_up(self, from_state: bool, timeout: float, access: ssh.Access | None) -> None:
         if from_state:
             self._finish_incoming(time.monotonic() + 60)
         try:
-            if self._access is not None:
-                self._log_in(self._access, timeout)
+            if access is not None:
+                self.use_ssh(access, timeout)
             elif from_state:
                 self._agent.wait_until_up(timeout)
             else:
@@ -210,8 +209,12 @@ class QemuMachine:
                 raise MachineError(f"QEMU ended: {self._last_words() or 'without a word'}") from error
             raise
 
-    def _log_in(self, access: ssh.Access, timeout: float) -> None:
-        """Bring the agent over SSH; a guest that has just been started answers when it is up. Raises ChannelError."""
+    def use_ssh(self, access: ssh.Access, timeout: float) -> None:
+        """Ask the guest over SSH from now on. One that has just been started answers when it is up.
+
+        Raises ChannelError where it lets nobody in within `timeout` seconds.
+        """
+        self._access = access
         place = access.place(self.name, self._ssh_port())
         deadline = time.monotonic() + timeout
         while True:
@@ -289,7 +292,7 @@ class QemuMachine:
         if self.monitor("query-status").get("status") != "running":
             self.monitor("cont")
         if self._access is not None:
-            self._log_in(self._access, SSH_AGAIN_SECONDS)
+            self.use_ssh(self._access, SSH_AGAIN_SECONDS)
 
     def power_off(self, timeout: float) -> None:
         """Have the guest shut itself down, and wait until it has. Raises MachineError."""
