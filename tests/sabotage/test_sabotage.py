@@ -18,7 +18,15 @@ from sabotage import Role, Sabotage, Suite
 
 pytestmark = [pytest.mark.lsmlab_vm, pytest.mark.sabotage]
 
-PAIRS = [pytest.param(case, framework, id=f"{case.id}-{framework}") for case in CASES for framework in case.frameworks]
+PAIRS = [
+    pytest.param(
+        case, framework, id=f"{case.id}-{framework}",
+        marks=pytest.mark.slow if len(case.frameworks) > 1 and framework is case.frameworks[number % 2] else (),
+    )
+    for number, case in enumerate(CASES)
+    for framework in case.frameworks
+]  # fmt: skip
+"""`make test` breaks each thing under one framework, by turns; `make test-all` under both."""
 
 
 @pytest.fixture(scope="module")
