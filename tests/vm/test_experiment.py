@@ -28,8 +28,8 @@ KINDS = (
     "apparmor-sample-profile", "named-reads-machine-keytab", "selinux-database-boolean-on", "selinux-moved-page",
     "shop-base", "shop-copies-postgresql", "shop-kills-billing", "shop-sets-permissive", "vsftpd-reads-other-home",
 )  # fmt: skip
-"""One of each kind: a profile of the scenario's own, one that the distribution ships, a boolean, files that were moved, a
-unit of the scenario's own, more packages, an object without a path, an attack on MAC itself, another service."""
+"""One of each kind: a profile of the scenario's own, one that the distribution ships, a boolean, files that were moved,
+a unit of the scenario's own, more packages, an object without a path, an attack on MAC itself, another service."""
 ALWAYS = sorted(s.id for s in SCENARIOS.values() if s.id.startswith("nginx-reads-shadow") or others(s))
 DAILY = {"debian-13": [*ALWAYS, *KINDS], "debian-12": ALWAYS}
 """What `make test` runs of the library: the flagship's variants, where a lab differs, and one scenario of each kind.
