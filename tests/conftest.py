@@ -5,8 +5,17 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("lsmlab", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile("lsmlab")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """For CI, as `--require=vm` is; an option of its own, since not every system that boots guests packages Vagrant."""
+    parser.addoption(
+        "--require-vagrant", action="store_true",
+        help="where Vagrant is not installed, tests that need it fail; they are skipped otherwise",
+    )  # fmt: skip
