@@ -9,10 +9,12 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS='	' read -r name what; do printf '  %-10s %s\n' "$$name" "$$what"; done
 
 setup: ## install what is missing on this machine, and make .venv (does nothing when all is there)
-	@scripts/setup.sh
+	@scripts/setup.sh $(SETUP)
 
 run: setup ## the flagship experiment: who stops nginx from reading /etc/shadow? (ARGS: options of lsmlab run)
 	@.venv/bin/lsmlab run nginx-reads-shadow $(ARGS)
+
+test test-all: SETUP = --tests
 
 test: setup ## linters, unit tests and tests in real guests (ARGS: options of pytest)
 	.venv/bin/python -m pytest --require=vm -m "not slow" $(ARGS)

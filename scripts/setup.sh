@@ -2,6 +2,8 @@
 # Installs what lsmlab needs on this machine, and makes .venv.
 # Safe to run again: a second run installs nothing, and needs no network.
 #
+#   --tests             also what tests alone use; where that cannot be installed, it is said, and set-up goes on
+#
 #   PYTHON              the Python that .venv is made from (default: python3)
 #   LSMLAB_SETUP_ROOT   for the tests: where sbin and the keyring are looked for (default: the root of this machine)
 #
@@ -12,6 +14,16 @@ ROOT=${LSMLAB_SETUP_ROOT:-}
 PYTHON=${PYTHON:-python3}
 KEYRING=$ROOT/usr/share/keyrings/debian-archive-keyring.gpg
 STAMP=.venv/.stamp
+WITHOUT=.venv/.without
+TESTS=
+case "$*" in
+  '') ;;
+  --tests) TESTS=yes ;;
+  *)
+    echo "usage: scripts/setup.sh [--tests]" >&2
+    exit 1
+    ;;
+esac
 
 # mke2fs and debugfs live in sbin, which is not on an ordinary user's PATH on Debian.
 PATH=$PATH:$ROOT/usr/sbin:$ROOT/sbin
@@ -20,6 +32,7 @@ unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 HERE=$(pwd -P)
 LOG=
+UPDATED=
 trap 'if [ -n "$LOG" ]; then rm -f "$LOG"; fi' EXIT
 
 say() { printf 'set-up: %s\n' "$*" >&2; }
@@ -94,11 +107,19 @@ TABLE
   [ "$VENV" != absent ] || "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || echo "ensurepip $(venv_package) python3"
 }
 
+# Prints what tests alone use and this machine lacks, as `missing` does; nothing once it could not be installed.
+# The package of Vagrant's libvirt provider brings Vagrant itself: a Vagrant that is there is left as it is.
+missing_for_tests() {
+  [ -n "$TESTS" ] && ! type -P vagrant >/dev/null || return 0
+  local line="vagrant vagrant-libvirt vagrant-libvirt"
+  [ "$(cat "$WITHOUT" 2>/dev/null)" = "$line" ] || echo "$line"
+}
+
 # Prints one column of the lines of `missing`, each name once, on one line.
 column() { printf '%s\n' "$2" | cut -d' ' -f"$1" | sort -u | paste -sd' '; }
 
 show_missing() {
-  say "missing on this machine:"
+  say "${2:-missing on this machine:}"
   local what package
   while read -r what package _; do
     printf '    %-52s package %s\n' "$what" "$package" >&2
@@ -120,21 +141,47 @@ may_sudo() {
   [ -t 0 ] && [ -t 2 ] && sudo -v
 }
 
-install_packages() {
-  local packages
+# Sets APT to the command that changes this machine's packages. Returns 1, with the reason in WHY, where there is none.
+find_apt() {
   # A machine that has just been started may be upgrading itself and hold the lock: wait for it.
-  local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300)
-  type -P apt-get >/dev/null || stop_for_packages "there is no apt-get here." "$1"
+  APT=(env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300)
+  WHY="there is no apt-get here."
+  type -P apt-get >/dev/null || return 1
   say "apt-get needs root to install these packages; nothing else here does"
-  if ! is_root; then
-    may_sudo || stop_for_packages "you are not root, and cannot become root with sudo." "$1"
-    apt=(sudo "${apt[@]}")
-  fi
+  WHY="you are not root, and cannot become root with sudo."
+  is_root && return
+  may_sudo || return 1
+  APT=(sudo "${APT[@]}")
+}
+
+# Once is enough.
+update_lists() {
+  [ -z "$UPDATED" ] || return 0
+  quietly "${APT[@]}" update && UPDATED=yes
+}
+
+# Installs the packages of the lines of `missing`.
+install() {
+  local packages
   read -ra packages <<<"$(column 2 "$1")"
   say "installing: ${packages[*]}"
-  quietly "${apt[@]}" update || stop "apt-get could not read the package lists. Fix that, and run this again."
-  quietly "${apt[@]}" install --yes --no-install-recommends "${packages[@]}" ||
-    stop "apt-get could not install the packages. Fix that, and run this again."
+  quietly "${APT[@]}" install --yes --no-install-recommends "${packages[@]}"
+}
+
+install_packages() {
+  find_apt || stop_for_packages "$WHY" "$1"
+  update_lists || stop "apt-get could not read the package lists. Fix that, and run this again."
+  install "$1" || stop "apt-get could not install the packages. Fix that, and run this again."
+}
+
+# Goes on in any case. What could not be installed is not tried again in this .venv: the tests say what they lack.
+install_for_tests() {
+  show_missing "$1" "missing on this machine, and used by tests alone:"
+  if find_apt && WHY="apt-get could not install that." && update_lists && install "$1"; then
+    return
+  fi
+  say "$WHY Going on without: these tests are skipped."
+  echo "$1" >"$WITHOUT"
 }
 
 # Makes .venv when absent, and installs lsmlab and its libraries into it. The stamp is put there last, so that a run cut
@@ -155,7 +202,8 @@ make_venv() {
 VENV=$(venv_state)
 [ "$VENV" != absent ] || require_python
 MISSING=$(missing)
-if [ "$VENV" = fresh ] && [ -z "$MISSING" ]; then
+EXTRA=$(missing_for_tests)
+if [ "$VENV" = fresh ] && [ -z "$MISSING$EXTRA" ]; then
   say "nothing to do"
   exit 0
 fi
@@ -170,4 +218,5 @@ if [ -n "$MISSING" ]; then
   fi
 fi
 [ "$VENV" = fresh ] || make_venv
+[ -z "$EXTRA" ] || install_for_tests "$EXTRA"
 say "ready"

@@ -52,14 +52,14 @@ class Host:
     def user(self, uid: int) -> None:
         self.stub("id", f"echo {uid}")
 
-    def setup(self) -> subprocess.CompletedProcess[str]:
+    def setup(self, *options: str) -> subprocess.CompletedProcess[str]:
         """Run the script anew, without a terminal. `calls` then holds what this run has called."""
         calls = self.path / "calls"
         calls.write_text("")
         env = {"PATH": str(self.path / "bin"), "CALLS": str(calls), "LSMLAB_SETUP_ROOT": str(self.path)}
         bash = self.path / "bin" / "bash"
         return subprocess.run(
-            [str(bash), str(self.repo / "scripts/setup.sh")],
+            [str(bash), str(self.repo / "scripts/setup.sh"), *options],
             env=env | {"TMPDIR": str(self.path / "tmp")},
             cwd=self.path,
             stdin=subprocess.DEVNULL,
@@ -306,3 +306,72 @@ def test_apt_that_brings_nothing_is_not_believed(host: Host) -> None:
 
 def test_leaves_no_temporary_files(ready: Host) -> None:
     assert list((ready.path / "tmp").iterdir()) == []
+
+
+# What tests alone use
+
+
+FOR_TESTS = "set-up: missing on this machine, and used by tests alone:\n    vagrant "
+
+
+def test_what_tests_alone_use_is_installed_for_them_alone(ready: Host) -> None:
+    assert ready.setup().stderr == "set-up: nothing to do\n"
+    ready.stub("apt-get", _installs(ready, "vagrant"))
+    result = ready.setup("--tests")
+    assert result.returncode == 0
+    assert result.stderr.startswith(FOR_TESTS)
+    assert result.stderr.endswith("set-up: installing: vagrant-libvirt\nset-up: ready\n")
+    update, install = ready.calls()
+    assert update.endswith(" update")
+    assert install.endswith(" install --yes --no-install-recommends vagrant-libvirt")
+    assert ready.setup("--tests").stderr == "set-up: nothing to do\n"
+
+
+def test_what_is_needed_goes_before_what_tests_use(host: Host) -> None:
+    host.remove("qemu-img")
+    host.stub("apt-get", _installs(host, "qemu-img", "vagrant"))
+    assert host.setup("--tests").returncode == 0
+    last_words = [call.split()[-1] for call in host.calls()]
+    assert last_words == ["update", "qemu-utils", ".venv", ".[dev]", "vagrant-libvirt"]
+
+
+@pytest.mark.parametrize(
+    ("lacking", "why"),
+    [
+        ("apt-get", "there is no apt-get here."),
+        ("root", "you are not root, and cannot become root with sudo."),
+        ("package", "    E: Unable to locate package\nset-up: apt-get could not install that."),
+    ],
+)
+def test_what_tests_use_is_done_without_and_not_tried_again(ready: Host, lacking: str, why: str) -> None:
+    if lacking == "apt-get":
+        ready.remove("apt-get")
+    elif lacking == "root":
+        ready.user(1000)
+    else:
+        ready.stub("apt-get", 'case "$*" in *install*) echo "E: Unable to locate package"; exit 100 ;; esac')
+    result = ready.setup("--tests")
+    assert (result.returncode, result.stdout) == (0, "")
+    assert result.stderr.startswith(FOR_TESTS)
+    assert result.stderr.endswith(f"{why} Going on without: these tests are skipped.\nset-up: ready\n")
+    again = ready.setup("--tests")
+    assert (again.returncode, again.stderr, ready.calls()) == (0, "set-up: nothing to do\n", [])
+
+
+def test_a_vagrant_that_is_there_is_left_as_it_is(ready: Host) -> None:
+    ready.stub("vagrant")
+    assert ready.setup("--tests").stderr == "set-up: nothing to do\n"
+    assert ready.calls("apt-get", "vagrant") == []
+
+
+def test_an_option_that_it_does_not_have(host: Host) -> None:
+    result = host.setup("--test")
+    assert (result.returncode, result.stderr) == (1, "usage: scripts/setup.sh [--tests]\n")
+
+
+@pytest.mark.parametrize(
+    ("target", "option"), [("test", " --tests"), ("test-all", " --tests"), ("run", ""), ("setup", "")]
+)
+def test_which_targets_of_make_set_up_for_tests(target: str, option: str) -> None:
+    shown = subprocess.run(["make", "--dry-run", target], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines()[0].rstrip() == f"scripts/setup.sh{option}"
