@@ -30,6 +30,7 @@ from lsmlab.channel.ssh import SshChannel, open_ssh
 from lsmlab.errors import ChannelError, DefinitionError, HostError
 from ssh_server import SshHome, ssh_home
 
+pytestmark = pytest.mark.ssh
 NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can have the server run commands as another user")
 

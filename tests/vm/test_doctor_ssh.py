@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from lsmlab.channel.base import Channel
 from lsmlab.machine.qemu import QemuMachine
 from lsmlab.progress import Silent
 from lsmlab.terms import Kernel
+from real_vagrant import real_vagrant
 
-pytestmark = pytest.mark.lsmlab_vm
+pytestmark = [pytest.mark.lsmlab_vm, pytest.mark.ssh]
 
 RELAY = """
 import os, socket, threading, tty
@@ -47,6 +48,7 @@ systemctl unmask --quiet ssh.service
 ssh-keygen -A
 mkdir -p -m 700 /root/.ssh
 cat > /root/.ssh/authorized_keys
+useradd --non-unique --uid 0 --home-dir /root vagrant # Vagrant's user, who may be root without sudo, which is not here
 if [ -e /sys/fs/selinux/enforce ]; then restorecon -RF /etc/ssh /root/.ssh; fi
 systemctl start ssh.service
 touch /run/before
@@ -100,10 +102,10 @@ def pump(source: socket.socket, target: socket.socket) -> None:
             target.sendall(data)
 
 
-def survey(port: int, home: Path) -> dict[str, dict[str, Any]]:
-    """The findings by what they are about."""
+def survey(name: str, home: Path, more: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """The findings about the machine called `name`, by what they are about."""
     env = {"PATH": os.environ["PATH"], "HOME": str(home), "LSMLAB_HOME": str(home / "lsmlab"), "LANG": "C.UTF-8"}
-    done = lsmlab("doctor", "--ssh", f"root@127.0.0.1:{port}", "--lab", "debian-13", "--json", "-", env=env)
+    done = lsmlab("doctor", "--ssh", name, "--lab", "debian-13", "--json", "-", env={**env, **(more or {})})
     return {finding["what"]: finding for finding in json.loads(done.stdout)["findings"]}
 
 
@@ -119,7 +121,7 @@ def test_what_is_said_of_a_machine_is_so_and_nothing_is_left_there(
     bench: Bench, kernel: Kernel, tmp_path: Path
 ) -> None:
     with bench.guest(kernel, "survey") as machine, reached(machine, tmp_path) as port:
-        found = survey(port, tmp_path)
+        found = survey(f"root@127.0.0.1:{port}", tmp_path)
         left = changed(machine.channel)
         agents = machine.channel.run(["pgrep", "--full", "sys.argv"]).out.split()
         machine.channel.run(["touch", "/etc/proof-that-it-is-seen"]).check()
@@ -138,3 +140,24 @@ def test_what_is_said_of_a_machine_is_so_and_nothing_is_left_there(
     else:
         assert " profiles loaded: " in found["AppArmor"]["found"]
         assert (found["nginx.service"]["found"], found["nginx.service"]["ok"]) == ("unconfined", False)
+
+
+@pytest.mark.parametrize(("kernel", "name"), [(Kernel.SELINUX, "fedora"), (Kernel.APPARMOR, "ubuntu")])
+def test_a_machine_is_found_by_the_answer_of_vagrant(
+    bench: Bench, kernel: Kernel, name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The Vagrantfile and `vagrant ssh-config` are real; Vagrant takes the guest for VirtualBox's."""
+    vagrant = real_vagrant(tmp_path / "vagrant", request.config)
+    home = tmp_path / "home"
+    home.mkdir()
+    with bench.guest(kernel, "vagrant") as machine, reached(machine, home) as port:
+        (home / ".ssh" / "known_hosts").unlink()  # nobody knows the key of a new machine
+        vagrant.up(name, port, home / ".ssh" / "id_ecdsa")
+        found = survey(f"vagrant:{name}", home, vagrant.env | {"HOME": str(home)})
+    assert all(f["ok"] for f in found.values() if f["needed"]), found
+    login = found["SSH"]["found"]
+    assert login.startswith(f"vagrant at 127.0.0.1 port {port}, key ")
+    assert f"/machines/{name}/virtualbox/private_key; host key ssh-ed25519 SHA256:" in login
+    assert login.endswith(", not checked: Vagrant makes it anew")
+    assert found["auditing"]["found"].startswith("on, auditd is process ")
+    assert ("SELinux" if kernel is Kernel.SELINUX else "AppArmor") in found
