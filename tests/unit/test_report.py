@@ -339,6 +339,25 @@ def test_plain_and_markdown_tables() -> None:
     assert tables.plain(["lab"], []).startswith("lab")
 
 
+def test_a_table_is_folded_between_words_where_it_is_too_wide() -> None:
+    found = [("debian-13", "Debian 13 (trixie)", "-"), ("b", "", "never")]
+    heads = ("lab", "machine", "real image")
+    whole = tables.plain(heads, found)
+    assert max(map(len, whole.splitlines())) == 43
+    assert tables.plain(heads, found, 43) == whole
+    assert tables.plain(heads, found, 42).splitlines() == [
+        "lab        machine    real image",
+        "---------  ---------  ------------",
+        "debian-13  Debian 13  -",
+        "           (trixie)",
+        "b                     never",
+    ]
+    narrow = tables.plain(heads, found, 29)
+    assert max(map(len, narrow.splitlines())) == 29
+    assert tables.plain(heads, found, 1) == narrow, "a word was broken"
+    assert tables.plain(heads, [], 5).startswith("lab")
+
+
 class Clock:
     """A clock that a test moves."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,11 @@ from tabulate import tabulate
 
 from lsmlab.terminal import clean
 
+GAP = 2
+"""Blanks between columns."""
+PADDING = 2
+"""By how much tabulate makes a column at least wider than its header."""
+
 
 def duration(seconds: float) -> str:
     """`4.2 s`, `41 s`, `2 min 05 s`."""
@@ -22,9 +28,39 @@ def duration(seconds: float) -> str:
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02} s"
 
 
-def plain(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Aligned columns under a ruled header; readable on a terminal and in a pipe."""
-    return _table(headers, [[clean(str(cell)) for cell in row] for row in rows], "simple")
+def plain(headers: Sequence[str], rows: Iterable[Sequence[object]], width: int | None = None) -> str:
+    """Aligned columns under a ruled header; readable on a terminal and in a pipe.
+
+    What is wider than `width` is folded between words, in the widest columns first; no word is broken.
+    """
+    cells = [[clean(str(cell)) for cell in row] for row in rows]
+    if width is None:
+        return _table(headers, cells, "simple")
+    widths = _fitting(headers, cells, width)
+    names = _folded(headers, [w - PADDING for w in widths])
+    return _table(names, [_folded(row, widths) for row in cells], "simple")
+
+
+def _fitting(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[int]:
+    """How wide each column may be: `width` in all, as far as the longest word of each allows."""
+    widths, least = list[int](), list[int]()
+    for header, *cells in zip(headers, *rows, strict=True):
+        widths.append(max(len(header) + PADDING, *map(len, cells), 0))
+        words = [len(word) for cell in cells for word in cell.split()]
+        least.append(max(*(len(word) + PADDING for word in header.split()), *words, 0))
+    while sum(widths) + GAP * (len(widths) - 1) > width:
+        slack, widest = max((w if w > least[n] else 0, n) for n, w in enumerate(widths))
+        if not slack:
+            break
+        widths[widest] -= 1
+    return widths
+
+
+def _folded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    return [
+        "\n".join(textwrap.wrap(cell, width, break_long_words=False, break_on_hyphens=False))
+        for cell, width in zip(row, widths, strict=True)
+    ]
 
 
 def markdown(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
