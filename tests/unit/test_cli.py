@@ -16,11 +16,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import pexpect
 import pytest
 from builders import outcome
 
-from lsmlab import __version__, cache, discovery
+from lsmlab import __version__, cache, discovery, proofs
 from lsmlab.image import build, debian
 from lsmlab.outcome import ArmRecord
 from lsmlab.store import Store
@@ -82,15 +84,30 @@ class Host:
     def called(self, name: str) -> bool:
         return (self.path / f"called-{name}").exists()
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        environment = {
+    @property
+    def all_environment(self) -> dict[str, str]:
+        return {
             "PATH": str(self.path / "bin"), "HOME": str(self.path), "LSMLAB_HOME": str(self.home), "COLUMNS": "100",
             "LANG": "C.UTF-8", **self.environment,
         }  # fmt: skip
+
+    def on_terminal(self, width: int, *arguments: str) -> str:
+        """What a terminal of this width shows of a call that ends with 0."""
+        environment: Any = {**self.all_environment, "COLUMNS": str(width)}
+        argv = [*self.wrapper, sys.executable, "-m", "lsmlab.cli", *arguments]
+        child = pexpect.spawn(
+            argv[0], argv[1:], cwd=str(self.work), env=environment, encoding="utf-8", dimensions=(24, width), timeout=60
+        )
+        shown = child.read()
+        child.close()
+        assert child.exitstatus == 0, shown
+        return str(shown)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [*self.wrapper, sys.executable, "-m", "lsmlab.cli", *arguments],
             cwd=self.work,
-            env=environment,
+            env=self.all_environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -787,15 +804,56 @@ def test_the_labs_as_json(host: Host) -> None:
     assert rows["debian-13"]["frameworks"] == ["selinux", "apparmor"]
     assert rows["debian-13"]["image"] == "not built"
     assert (rows["debian-13"]["seen"], rows["debian-13"]["lacks"]) == (None, ["gpg"])
+    assert rows["debian-13"]["real_image"] is None
     assert not host.home.exists()
 
 
 def test_a_lab_whose_image_is_there_lacks_no_tools_to_build_one(imaged: Host) -> None:
     (imaged.path / "bin" / "mmdebstrap").unlink()
     rows = {r["id"]: r["lacks"] for r in json.loads(imaged.lsmlab("labs", "--json", "-").out)["labs"]}
-    assert rows == {"debian-12": ["mmdebstrap", "gpg"], "debian-13": []}
-    assert re.search(r"^debian-13 .* ready +never$", imaged.lsmlab("labs").out, re.MULTILINE)
-    assert re.search(r"^debian-12 .* lacks mmdebstrap, gpg +never$", imaged.lsmlab("labs").out, re.MULTILINE)
+    assert (rows["debian-12"], rows["debian-13"]) == (["mmdebstrap", "gpg"], [])
+    assert re.search(r"^debian-13 .* ready, built 2026-11-24 +never +-$", imaged.lsmlab("labs").out, re.MULTILINE)
+    assert re.search(r"^debian-12 .* lacks mmdebstrap, gpg +never +-$", imaged.lsmlab("labs").out, re.MULTILINE)
+
+
+CLOUD_LAB = """kind: lsmlab/lab
+id: {name}
+title: A cloud image
+backend: qemu
+memory_mib: 768
+frameworks: [selinux]
+kernel_arguments: {{none: selinux=0, selinux: enforcing=1}}
+cloud_image:
+  url: https://images.example.org/disk.qcow2
+  sha256: f000000000000000000000000000000000000000000000000000000000000000
+  installer: dnf
+  packages: [python3]
+  disk_mib: 4096
+"""
+
+
+def test_a_lab_that_was_never_proved_on_its_real_image(host: Host) -> None:
+    (host.work / "labs").mkdir()
+    for name in ("fedora-44", "mine"):
+        (host.work / "labs" / f"{name}.yaml").write_text(CLOUD_LAB.format(name=name))
+    rows = {r["id"]: r["real_image"] for r in json.loads(host.lsmlab("labs", "--json", "-").out)["labs"]}
+    proof = proofs.read().labs["fedora-44"]
+    assert (rows["fedora-44"], rows["mine"]) == (proof.date if proof else "never", "never")
+    table = host.lsmlab("labs").out
+    assert re.search(r"^fedora-44 .* never +(never|\d{4}-\d\d-\d\d)$", table, re.MULTILINE)
+    assert re.search(r"^mine .* never +never$", table, re.MULTILINE)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_labs_fit_a_terminal_and_keep_each_line_in_a_pipe(host: Host, width: int) -> None:
+    (host.work / "labs").mkdir()
+    title = "a machine with a name that takes a line of its own, being longer than all of the others are"
+    lab = f"kind: lsmlab/lab\nextends: debian-13\nid: opensuse-leap-16.0\ntitle: {title}\n"
+    (host.work / "labs" / "opensuse-leap-16.0.yaml").write_text(lab)
+    shown = host.on_terminal(width, "labs").splitlines()
+    assert any("opensuse-leap-16.0" in line for line in shown)
+    assert max(map(len, shown)) <= width
+    assert title in host.lsmlab("labs").out
 
 
 def test_json_into_a_file(host: Host) -> None:

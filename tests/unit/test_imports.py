@@ -56,7 +56,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "attempt",
         "verdict",
         "outcome",
-        "store",
+        "proofs store",
         # what joins them
         "inventory",
         "bench",

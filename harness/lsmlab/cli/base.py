@@ -126,6 +126,11 @@ def console() -> Console:
     return Console(highlight=False, soft_wrap=False)
 
 
+def terminal_width() -> int | None:
+    """How wide a table may be; None in a pipe, where each row stays one line."""
+    return console().width if sys.stdout.isatty() else None
+
+
 def see_json_target(target: Path | None) -> None:
     """See before the run that the file can be written: a run's results are not lost to a typing error."""
     if target is not None and str(target) != "-":

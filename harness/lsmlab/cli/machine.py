@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lsmlab import cache, discovery, doctor, inventory, paths
+from lsmlab import cache, discovery, doctor, inventory, paths, proofs
 from lsmlab.cli.base import (
     AS_EXPECTED,
     EPILOG,
@@ -30,10 +31,12 @@ from lsmlab.cli.base import (
     progress_shown,
     say,
     see_json_target,
+    terminal_width,
     write_json,
 )
 from lsmlab.errors import DefinitionError
 from lsmlab.image import archive, build
+from lsmlab.lab import Lab
 from lsmlab.report import tables, trials
 from lsmlab.store import Store
 
@@ -42,11 +45,13 @@ from lsmlab.store import Store
 def labs_command(json_file: JsonOption = None) -> None:
     """List the labs: kinds of machine, their frameworks, whether this machine can run them, and whether it has.
 
-    "seen" is when an outcome in the store was last as expected.
+    "seen" is when an outcome in the store was last as expected. "real image" is for labs whose distribution publishes
+    one: when the flagship last was as expected on it, by the record of scheduled runs that comes with lsmlab.
     """
     see_json_target(json_file)
     store = Store(paths.state() / "outcomes.sqlite")
     proven = store.proven() if store.path.exists() else {}
+    on_real_images = proofs.read().labs
     rows: list[dict[str, Any]] = []
     for name in discovery.labs().ids:
         machine = discovery.load_lab(name)
@@ -57,6 +62,7 @@ def labs_command(json_file: JsonOption = None) -> None:
                 "services": sorted(machine.services), "memory_mib": machine.memory_mib,
                 "image": f"built {image.built[:10]}" if image else "not built",
                 "lacks": doctor.lacking(machine), "seen": proven.get(machine.id),
+                "real_image": _proved(on_real_images, machine),
             }
         )  # fmt: skip
     if json_file is not None:
@@ -64,12 +70,21 @@ def labs_command(json_file: JsonOption = None) -> None:
         return
     table = [
         (
-            r["id"], r["title"], ", ".join(r["frameworks"]), f"{r['memory_mib']} MiB", r["image"],
-            f"lacks {', '.join(r['lacks'])}" if r["lacks"] else "ready", r["seen"][:10] if r["seen"] else "never",
+            r["id"], r["title"], ", ".join(r["frameworks"]),
+            f"lacks {', '.join(r['lacks'])}" if r["lacks"] else f"ready, {r['image']}",
+            (r["seen"] or "never")[:10], (r["real_image"] or "-")[:10],
         )
         for r in rows
     ]  # fmt: skip
-    print(tables.plain(("lab", "machine", "frameworks", "memory", "image", "here", "seen"), table))
+    print(tables.plain(("lab", "machine", "frameworks", "here", "seen", "real image"), table, terminal_width()))
+
+
+def _proved(ledger: Mapping[str, proofs.Proof | None], lab: Lab) -> str | None:
+    """When a lab was last proved on its real image, or never; None where its image is built here."""
+    if lab.cloud_image is None:
+        return None
+    proof = ledger.get(lab.id)
+    return proof.date if proof else "never"
 
 
 @images_app.callback(invoke_without_command=True)
