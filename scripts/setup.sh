@@ -110,9 +110,15 @@ TABLE
 # Prints what tests alone use and this machine lacks, as `missing` does; nothing once it could not be installed.
 # The package of Vagrant's libvirt provider brings Vagrant itself: a Vagrant that is there is left as it is.
 missing_for_tests() {
-  [ -n "$TESTS" ] && ! type -P vagrant >/dev/null || return 0
-  local line="vagrant vagrant-libvirt vagrant-libvirt"
-  [ "$(cat "$WITHOUT" 2>/dev/null)" = "$line" ] || echo "$line"
+  [ -n "$TESTS" ] || return 0
+  local command debian fedora without
+  without=" $(cat "$WITHOUT" 2>/dev/null | paste -sd' ') "
+  while read -r command debian fedora; do
+    type -P "$command" >/dev/null || [[ $without == *" $command "* ]] || echo "$command $debian $fedora"
+  done <<'TABLE'
+gpg-agent gpg-agent gnupg2
+vagrant vagrant-libvirt vagrant-libvirt
+TABLE
 }
 
 # Prints one column of the lines of `missing`, each name once, on one line.
@@ -181,7 +187,7 @@ install_for_tests() {
     return
   fi
   say "$WHY Going on without: these tests are skipped."
-  echo "$1" >"$WITHOUT"
+  column 1 "$1" >>"$WITHOUT"
 }
 
 # Makes .venv when absent, and installs lsmlab and its libraries into it. The stamp is put there last, so that a run cut

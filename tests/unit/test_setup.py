@@ -13,7 +13,8 @@ REPO = Path(__file__).resolve().parents[2]
 # What the script itself is written with; the rest of the real machine is out of its sight.
 REAL = ("bash", "cat", "cp", "cut", "dirname", "env", "mkdir", "mktemp", "mv", "paste", "rm", "sed", "sort", "tail")
 NEEDED = (
-    "debugfs", "gpg", "gpgv", "mke2fs", "mmdebstrap", "mount", "newuidmap", "qemu-img", "qemu-system-x86_64", "setpriv",
+    "debugfs", "gpg", "gpg-agent", "gpgv", "mke2fs", "mmdebstrap", "mount", "newuidmap", "qemu-img",
+    "qemu-system-x86_64", "setpriv",
 )  # fmt: skip
 KEYRING = "usr/share/keyrings/debian-archive-keyring.gpg"
 
