@@ -30,8 +30,10 @@ if [ "$selinux" = yes ]; then
         rm policy.$name
     done
     contexts=/etc/selinux/$type/contexts/files/file_contexts
-    # A file that nobody writes: in a kernel with SELinux those that are made get labels, whatever the others have
-    if python3 -I -c 'import os; os.getxattr("/usr/bin/env", "security.selinux")' 2> /dev/null; then
+    # A file that nobody writes: in a kernel with SELinux those that are made get labels, whatever the others have; and
+    # what has none reads as unlabeled_t there
+    if python3 -I -c 'import os, sys; sys.exit(b":unlabeled_t:" in os.getxattr("/usr/bin/env", "security.selinux"))' \
+        2> /dev/null; then
         restorecon -F -R /etc /usr/lib/lsmlab /var/www /root /home /boot
     else
         setfiles -F "$contexts" / # an image whose distribution has another framework by default
