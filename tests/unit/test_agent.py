@@ -1296,7 +1296,7 @@ def test_what_is_no_http_is_told(serving: Serving, answer: bytes, status: int | 
 
 
 def test_an_attempt_needs_something_to_do() -> None:
-    with pytest.raises(agent.Refused, match="a request or a command"):
+    with pytest.raises(agent.Refused, match="a request, a command or an engine"):
         agent.attempt(close={})
 
 

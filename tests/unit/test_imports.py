@@ -40,6 +40,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "channel.agent channel.ssh_host",
         "channel.ssh_login",
         "channel.ssh",
+        "container.install container.transport",
+        "container.engine",
         # their disks, of which some are made in a guest
         "machine machine.base machine.hardware",
         "machine.qemu",

@@ -86,7 +86,12 @@ def run_command(
     accelerator_of(accel)
     machine = discovery.load_lab(lab)
     file = image_of(machine, image)
-    wanted = run.cases(discovery.load_scenarios(scenarios or ()), machine, frameworks_of(framework))
+    found = discovery.load_scenarios(scenarios or ())
+    taken = run.chosen(found, machine)
+    if len(taken) < len(found):
+        why = "are not about containers" if machine.engine else "are about containers, and it has no engine"
+        say(f"lab {machine.id}: {len(found) - len(taken)} scenarios {why}: left out")
+    wanted = run.cases(taken, machine, frameworks_of(framework))
     if not wanted:
         say("nothing to run: no scenario has an expectation for the frameworks asked for")
         raise typer.Exit(NOTHING)
