@@ -11,13 +11,14 @@ from lsmlab import attempt, evidence, facts
 from lsmlab.channel.base import Channel
 from lsmlab.container.engine import SLICE, Engine, Running
 from lsmlab.container.install import DEFAULT_PROFILE
+from lsmlab.container.spec import Container
 from lsmlab.errors import ChannelError, DefinitionError, SetupError
 from lsmlab.evidence import Denial
 from lsmlab.framework import FRAMEWORKS
 from lsmlab.framework.base import PolicyUnderTest
 from lsmlab.image.build import Image
 from lsmlab.lab import Lab
-from lsmlab.scenario import Container, Scenario, Step, Write
+from lsmlab.scenario import Scenario, Step, Write
 from lsmlab.terms import Arm, SourceState
 
 STEP_SECONDS = 120

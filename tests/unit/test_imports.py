@@ -29,6 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "download",
         # what people write
         "lab",
+        "container container.spec",
         "scenario",
         "discovery",
         "schema selection skeleton",

@@ -16,8 +16,8 @@ from docker.errors import DockerException
 
 from lsmlab.channel.base import Channel
 from lsmlab.container import install, transport
+from lsmlab.container.spec import Container
 from lsmlab.errors import EngineError, FrameworkError
-from lsmlab.scenario import Container
 from lsmlab.terms import Arm, Framework
 
 T = TypeVar("T")

@@ -26,10 +26,13 @@ from fakes import ScriptedChannel
 from lsmlab import discovery, prepare, run, verdict
 from lsmlab.container import engine, install, transport
 from lsmlab.container.engine import Engine, Running, demultiplexed, options
+from lsmlab.container.spec import Container
 from lsmlab.errors import ChannelError, DefinitionError, EngineError, FrameworkError
 from lsmlab.guest import agent
-from lsmlab.scenario import Container, Scenario
+from lsmlab.scenario import Scenario
 from lsmlab.terms import Arm, Framework
+
+pytestmark = pytest.mark.container
 
 REPO = Path(__file__).resolve().parents[2]
 SELINUX, APPARMOR = Framework.SELINUX, Framework.APPARMOR
