@@ -29,6 +29,7 @@ EXPECTED = {
     "container-reads-host-shadow-own-profile": {"apparmor": CONTAINED},
     "container-reads-other-tenant": {"selinux": CONTAINED, "apparmor": NOT_CONTAINED},
     "container-reads-other-tenant-same-level": {"selinux": NOT_CONTAINED},
+    "container-serves-host-shadow": {"selinux": CONTAINED, "apparmor": NOT_CONTAINED},
     "container-sets-core-pattern": {"selinux": CONTROL_BLOCKED, "apparmor": CONTROL_BLOCKED},
     "container-sets-core-pattern-systempaths": {"selinux": CONTAINED, "apparmor": CONTAINED},
 }
@@ -72,7 +73,7 @@ def test_the_control_differs_by_the_mac_alone_and_is_named_as_weaker(found: Outc
             assert len(labels) == 1, (name, arm, labels)
             own = [line for line in seen["log"].splitlines() if 'key="lsmlab-subject"' in line]
             ran = {line.rpartition(" subj=")[2].split()[0] for line in own if f" auid={seen['auid']} " in line}
-            assert ran, (name, arm, attempt["attempt"])
+            assert ran or seen["auid"] is None, (name, arm, attempt["attempt"])  # a visitor's request starts nothing
             for label in (*labels, *ran):
                 if arm.endswith("unconfined"):
                     assert UNCONFINED[framework] in label, (name, arm, label)
