@@ -17,20 +17,22 @@ from typing import Any
 
 import pytest
 import requests
-from builders import exec_record, run_observation, scenario
+from builders import audit_state, exec_record, mode, run_observation, scenario, subject, user_record, wire
 from docker.constants import DEFAULT_DOCKER_API_VERSION
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fakes import ScriptedChannel
-from lsmlab import discovery, prepare, run, verdict
+from fakes import IMAGE as IMAGE_OF_NONE
+from fakes import ScriptedChannel, said
+from lsmlab import attempt, discovery, facts, prepare, run, verdict
+from lsmlab.channel.base import CommandResult
 from lsmlab.container import engine, install, transport
 from lsmlab.container.engine import Engine, Running, demultiplexed, options
 from lsmlab.container.spec import Container
 from lsmlab.errors import ChannelError, DefinitionError, EngineError, FrameworkError
 from lsmlab.guest import agent
 from lsmlab.scenario import Scenario
-from lsmlab.terms import Arm, Framework
+from lsmlab.terms import Arm, Framework, SourceState
 
 pytestmark = pytest.mark.container
 
@@ -487,11 +489,125 @@ def test_containers_are_run_where_an_engine_is() -> None:
 
 def test_a_labs_engine_is_in_its_image_and_does_not_run_from_boot() -> None:
     with_engine, without = discovery.load_lab("docker-debian-13", REPO), discovery.load_lab("debian-13", REPO)
+    assert with_engine.image is not None and without.image is not None
     assert set(with_engine.image.packages) - set(without.image.packages) == {"busybox-static", "docker.io"}
     more = set(with_engine.image.disabled_units) - set(without.image.disabled_units)
     assert more == {"docker.service", "docker.socket", "containerd.service"}
     assert with_engine.with_engine() == with_engine
     assert without.with_engine() is without
+
+
+# An arm, and an attempt
+
+
+def plan(**container: Any) -> prepare.Plan:
+    about = contained(subject={"container": container, "selinux": "container_t", "apparmor": "docker-default"})
+    return prepare.plan_of(about, discovery.load_lab("docker-debian-13", REPO))
+
+
+@pytest.fixture
+def reached(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    """The engine is where a guest has it."""
+    monkeypatch.setattr(install, "SOCKET", fake.path)
+    monkeypatch.setattr(prepare, "Engine", lambda channel: Engine(channel, fake.path))
+    return fake
+
+
+def in_arm(profiles: dict[str, str]) -> AgentChannel:
+    """A guest under AppArmor, in which nobody's container runs."""
+    state = {"lsm": ["apparmor"], "selinux_enforcing": None, "profiles": profiles, "apparmor_mode": "enforce"}
+    return AgentChannel(asked={"clock": None, "pids": [], "mode": lambda: state})
+
+
+def test_a_container_is_started_in_the_arms_mode_and_is_the_subject(reached: FakeEngine) -> None:
+    channel = in_arm({"docker-default": "enforce"})
+    found = prepare.bring_into(channel, ENFORCE, plan(), IMAGE_OF_NONE)
+    assert found.service_active and found.container is not None
+    assert (found.container.id, found.container.name) == ("c1", "subject")
+    assert channel.lines.count("ask pids") == 2 and not [line for line in channel.lines if line.startswith("systemctl")]
+    assert "/sys/kernel/security/apparmor/.remove" not in channel.written, "the profile is the policy under test"
+
+
+def test_in_the_control_the_engines_profile_is_gone_as_well(reached: FakeEngine) -> None:
+    loaded = {"docker-default": "enforce", "other": "enforce"}
+    channel = in_arm(loaded)
+
+    def removed(words: tuple[str, ...]) -> CommandResult:
+        loaded.pop(words[2])
+        return said()
+
+    channel._answers.append((r"write .*/\.remove", removed))
+    prepare.bring_into(channel, UNCONFINED, plan(), IMAGE_OF_NONE)
+    assert loaded == {"other": "enforce"}
+    made = reached.sent("POST /containers/create")
+    assert made["HostConfig"]["SecurityOpt"] == ["apparmor=unconfined"]
+    with pytest.raises(FrameworkError, match="docker-default was removed, and the kernel still has it"):
+        prepare.bring_into(in_arm({"docker-default": "enforce"}), UNCONFINED, plan(), IMAGE_OF_NONE)
+
+
+def test_a_kernel_without_the_framework_starts_no_container(reached: FakeEngine) -> None:
+    reached.routes["GET /info"] = (200, {"SecurityOptions": ["name=seccomp"]})
+    with pytest.raises(FrameworkError, match="does not confine by AppArmor"):
+        prepare.bring_into(in_arm({}), ENFORCE, plan(), IMAGE_OF_NONE)
+    assert "POST /containers/create" not in [line for line, _ in reached.asked]
+
+
+def test_the_containers_beside_it_are_there_first_and_confined(reached: FakeEngine) -> None:
+    beside = [{"binds": ["/srv/a:/data:Z"]}]
+    subject = {"container": {}, "beside": beside, "selinux": "container_t", "apparmor": "docker-default"}
+    about = prepare.plan_of(contained(subject=subject), discovery.load_lab("docker-debian-13", REPO))
+    prepare.bring_into(in_arm({}), UNCONFINED, about, IMAGE_OF_NONE)
+    first, second = [body["HostConfig"] for line, body in reached.asked if line == "POST /containers/create"]
+    assert (first["Binds"][1:], first.get("SecurityOpt") or []) == (["/srv/a:/data:Z"], [])
+    assert "CgroupParent" not in first and second["CgroupParent"] == engine.SLICE, "its processes are not the subject's"
+    assert second["SecurityOpt"] == ["apparmor=unconfined"]
+
+
+def answered(fake: FakeEngine, **result: Any) -> Callable[..., dict[str, Any]]:
+    """The agent's `attempt`: what the engine says to the request comes through the real `exchange`."""
+
+    def answer(**asked: Any) -> dict[str, Any]:
+        assert "command" not in asked and "request" not in asked
+        found = agent.exchange(**asked["engine"]) | result
+        log = f"{exec_record(subject='docker-default')}\n{user_record(asked['close']['word'])}\n"
+        closed = {"log": log, "problem": "", "subject": wire(subject()), "mode": wire(mode(ENFORCE)),
+                  "audit": audit_state(size=len(log))}  # fmt: skip
+        return {"planted": True, "effect_before": None, "effect_after": None, "result": found, "closed": closed}
+
+    return answer
+
+
+def made_in(fake: FakeEngine, **result: Any) -> attempt.Observation:
+    running = started(fake)
+    channel = AgentChannel(asked={"attempt": answered(fake, **result)})
+    opened = attempt.Opened(
+        subject=subject(), object=None, mode=mode(ENFORCE), audit=facts.AuditState(**audit_state(size=0))
+    )
+    seen = attempt.make(channel, contained().attempts[0], engine.SLICE, opened, running)
+    assert channel.written == {install.AUID_PATH: f"{seen.auid}\n".encode()}, "before the engine is asked for anything"
+    return seen
+
+
+def test_an_attempt_is_made_in_the_container(reached: FakeEngine) -> None:
+    reached.routes["POST /exec/e1/start"] = (200, frame(1, b"some\xff") + frame(2, b"cat: no\n"))
+    reached.routes["GET /exec/e1/json"] = (200, {"ExitCode": 1})
+    seen = made_in(reached)
+    assert (seen.command, seen.exit_code, seen.signal) == (("cat", "/x"), 1, None)
+    assert (seen.output, seen.errors) == ("some\\xff", "cat: no\n")
+    assert seen.auid is not None and 0x40000000 <= seen.auid < 0x60000000
+    assert seen.source.state is SourceState.FETCHED
+
+
+def test_an_attempt_that_takes_too_long_has_no_exit_status(reached: FakeEngine) -> None:
+    reached.routes["POST /exec/e1/start"] = (200, frame(1, b"half"))
+    seen = made_in(reached, timed_out=True)
+    assert (seen.timed_out, seen.exit_code, seen.output) == (True, None, "")
+
+
+def test_an_engine_that_runs_no_command_is_an_error_and_no_block(reached: FakeEngine) -> None:
+    reached.routes["POST /exec/e1/start"] = (409, {"message": "container c1 is paused: permission denied"})
+    with pytest.raises(EngineError, match=r"the container subject runs no command: .*is paused"):
+        made_in(reached)
 
 
 # Whose denials they are
