@@ -40,6 +40,7 @@ REPO = Path(__file__).resolve().parents[2]
 SELINUX, APPARMOR = Framework.SELINUX, Framework.APPARMOR
 ENFORCE = Arm.APPARMOR_ENFORCE
 UNCONFINED = Arm.APPARMOR_UNCONFINED
+Answered = CommandResult | Exception | Callable[[tuple[str, ...]], CommandResult]
 Answer = tuple[int, Any]
 Routes = dict[str, Answer | Callable[[dict[str, Any]], Answer]]
 
@@ -131,6 +132,15 @@ def connected(fake: FakeEngine) -> Engine:
 def started(fake: FakeEngine, arm: Arm = ENFORCE, **container: Any) -> Running:
     given = Container.model_validate(container, strict=False)
     return connected(fake).start(given, arm, name="subject", unconfined=arm.unconfined, group=engine.SLICE)
+
+
+@pytest.fixture
+def reached(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    """The engine is where a guest has it."""
+    monkeypatch.setattr(install, "SOCKET", fake.path)
+    for module in (prepare, engine):
+        monkeypatch.setattr(module, "Engine", lambda channel: Engine(channel, fake.path))
+    return fake
 
 
 # The engine
@@ -399,6 +409,41 @@ def test_the_runtime_marks_a_process_or_does_not_run_it(tmp_path: Path) -> None:
     assert install.AUID_PATH.startswith("/etc/docker/")
 
 
+def coming_up(fake: FakeEngine, *, selinux: bool, starts: bool = True) -> AgentChannel:
+    ended = said(code=0) if starts else said(err="Job for docker.service failed.", code=1)
+    answers: list[tuple[str, Answered]] = [
+        (r"cp |chmod |chcon |sync$", said()), (r"systemctl start docker.service$", ended),
+        (r"test -e /sys/fs/selinux/enforce$", said(code=0 if selinux else 1)),
+        (r"journalctl --unit docker.service ", said("failed to load listeners\n")),
+    ]  # fmt: skip
+    return AgentChannel(answers, {"relabel": None})
+
+
+@pytest.mark.parametrize("selinux", [True, False])
+def test_an_engine_finds_its_settings_when_it_starts(reached: FakeEngine, selinux: bool) -> None:
+    reached.routes |= {"POST /images/create": (200, b"{}"), "GET /images/lsmlab/json": (200, {"Id": "i"})}
+    channel = coming_up(reached, selinux=selinux)
+    engine.bring_up(channel, ("docker.service", "docker.socket"))
+    assert json.loads(channel.written["/etc/docker/daemon.json"])["selinux-enabled"] is True
+    assert channel.rights[install.RUNTIME_PATH] == (0o755, None)
+    start = channel.lines.index("systemctl start docker.service")
+    assert {"cp /bin/busybox /usr/lib/lsmlab/vehicle", "ask relabel"} <= set(channel.lines[:start])
+    labelled = [line for line in channel.lines if line.startswith("chcon")]
+    assert labelled == (["chcon --type container_file_t /usr/lib/lsmlab/vehicle"] if selinux else [])
+    assert reached.sent("POST /images/create") == install.image_tar()
+
+
+def test_an_engine_that_does_not_start_shows_its_log(reached: FakeEngine) -> None:
+    with pytest.raises(EngineError) as caught:
+        engine.bring_up(coming_up(reached, selinux=False, starts=False), ("docker.service",))
+    assert caught.value.message == (
+        "the container engine does not start: Job for docker.service failed.\nfailed to load listeners\n"
+    )
+    reached.routes["POST /images/create"] = (500, {"message": "no space left on device"})
+    with pytest.raises(EngineError, match="no space left on device"):
+        engine.bring_up(coming_up(reached, selinux=False), ("docker.service",))
+
+
 # A scenario's words
 
 
@@ -503,14 +548,6 @@ def test_a_labs_engine_is_in_its_image_and_does_not_run_from_boot() -> None:
 def plan(**container: Any) -> prepare.Plan:
     about = contained(subject={"container": container, "selinux": "container_t", "apparmor": "docker-default"})
     return prepare.plan_of(about, discovery.load_lab("docker-debian-13", REPO))
-
-
-@pytest.fixture
-def reached(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
-    """The engine is where a guest has it."""
-    monkeypatch.setattr(install, "SOCKET", fake.path)
-    monkeypatch.setattr(prepare, "Engine", lambda channel: Engine(channel, fake.path))
-    return fake
 
 
 def in_arm(profiles: dict[str, str]) -> AgentChannel:

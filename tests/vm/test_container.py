@@ -40,13 +40,18 @@ Outcomes = dict[tuple[str, str], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """Nothing named: all of the library that belongs to a lab with an engine."""
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcomes]:
+    """Nothing named: all of the library that belongs to a lab with an engine. The store's folder, and the outcomes."""
     state = tmp_path_factory.mktemp("containers")
     file = state / "out.json"
     done = lsmlab("run", "--lab", LAB, "--json", str(file), env=environment(state))
     assert re.search(r"lab docker-debian-13: \d+ scenarios are not about containers: left out", done.stderr)
-    return outcomes(file.read_text("utf-8"))
+    return state, outcomes(file.read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def found(ran: tuple[Path, Outcomes]) -> Outcomes:
+    return ran[1]
 
 
 def attempts(outcome: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -119,6 +124,15 @@ def test_a_containment_could_have_come_out_otherwise(tmp_path: Path) -> None:
     for outcome in outcomes(file.read_text("utf-8")).values():
         falsified = outcome["falsification"]
         assert (falsified["verdict"], falsified["misled"]) == (NOT_CONTAINED, "UNATTRIBUTED"), falsified
+
+
+def test_an_attack_can_be_made_by_hand_in_the_container(ran: tuple[Path, Outcomes]) -> None:
+    state, found = ran
+    number = found["container-reads-host-shadow", "selinux"]["id"]
+    by_hand = ("attack", "sh", "-c", "cat /hostetc/shadow; cat /hostetc/hostname; exit 7")
+    done = lsmlab("rewind", number, "--", *by_hand, env=environment(state), code=7)
+    assert "can't open '/hostetc/shadow': Permission denied" in done.stderr
+    assert done.stdout == "lsmlab\n", "etc_t may be read: it ran in the container, in its domain"
 
 
 def test_what_is_wrong_with_engine_or_container_is_an_error_that_says_so(tmp_path: Path) -> None:
