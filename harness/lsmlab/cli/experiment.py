@@ -88,9 +88,6 @@ def run_command(
     file = image_of(machine, image)
     found = discovery.load_scenarios(scenarios or ())
     taken = run.chosen(found, machine)
-    if len(taken) < len(found):
-        why = "are not about containers" if machine.engine else "are about containers, and it has no engine"
-        say(f"lab {machine.id}: {len(found) - len(taken)} scenarios {why}: left out")
     wanted = run.cases(taken, machine, frameworks_of(framework))
     if not wanted:
         say("nothing to run: no scenario has an expectation for the frameworks asked for")
@@ -98,6 +95,9 @@ def run_command(
     screen, start, outcomes = console(), time.monotonic(), list[Outcome]()
     store = Store()
     store.count()  # a store that cannot be used is said now, not after the run
+    if len(taken) < len(found):
+        why = "are not about containers" if machine.engine else "are about containers, and it has no engine"
+        say(f"lab {machine.id}: {len(found) - len(taken)} scenarios {why}: left out")
     try:
         with progress_shown(quiet) as progress:
             for outcome in _outcomes(
