@@ -94,8 +94,10 @@ def collect(outcomes: Iterable[Outcome]) -> Catalogue:
         newest[outcome.scenario, outcome.framework, outcome.lab] = outcome
     found = discovery.scenarios()
     files = found.own or found.built_in
+    ran_on = {lab for _, _, lab in newest}
     known = {name: discovery.load_lab(name) for name in discovery.labs().ids}
-    labs = sorted({*known, *(lab for _, _, lab in newest)})
+    # A lab of a downloaded image is listed once something was seen there: nobody owes it a run
+    labs = sorted({name for name, lab in known.items() if lab.cloud_image is None} | ran_on)
     entries = []
     for scenario in sorted(discovery.load_scenarios(str(path) for path in files.values()), key=lambda s: s.id):
         digest = scenario.digest()
