@@ -24,6 +24,8 @@ WINDOW_BYTES = 8 << 20
 """A longer window is a flood: the log counts as unavailable, since its end was not read."""
 KEPT_OUTPUT = 64 << 10
 """Characters of output that a record keeps; the judgement is made on all of it."""
+ENGINE_SECONDS = 45
+"""What a container engine may take besides, to start a command: one second under emulation, ten on a busy machine."""
 AUDIT_LOG = "audit log"
 
 
@@ -223,7 +225,7 @@ class _Inside:
         self._container, self._spec = container, spec
         self._number, request = container.prepare(spec.run)
         data = base64.b64encode(request).decode()
-        self.action = {"engine": {"path": install.SOCKET, "data": data, "timeout": spec.timeout}}
+        self.action = {"engine": {"path": install.SOCKET, "data": data, "timeout": spec.timeout + ENGINE_SECONDS}}
 
     def ended(self, exchange: Ended, answer: Any) -> Ended:
         """From the engine's answer, `answer` with its bytes as they came. Raises EngineError."""

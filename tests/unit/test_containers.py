@@ -605,6 +605,7 @@ def answered(fake: FakeEngine, **result: Any) -> Callable[..., dict[str, Any]]:
 
     def answer(**asked: Any) -> dict[str, Any]:
         assert "command" not in asked and "request" not in asked
+        assert asked["engine"]["timeout"] == 15 + attempt.ENGINE_SECONDS
         found = agent.exchange(**asked["engine"]) | result
         log = f"{exec_record(subject='docker-default')}\n{user_record(asked['close']['word'])}\n"
         closed = {"log": log, "problem": "", "subject": wire(subject()), "mode": wire(mode(ENFORCE)),
