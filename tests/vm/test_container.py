@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ EXPECTED = {
     "container-sets-core-pattern-systempaths": {"selinux": CONTAINED, "apparmor": CONTAINED},
 }
 """Written a second time, away from the scenarios: who changes one there has to mean it."""
+DAILY = (
+    "container-commands-engine", "container-mounts-file-system", "container-privileged-mounts-disk",
+    "container-reads-host-shadow", "container-reads-host-shadow-own-profile", "container-reads-other-tenant",
+    "container-serves-host-shadow",
+)  # fmt: skip
+"""What `make test` runs; the slow test runs all of them."""
 CONFINED = {"selinux": "container_t", "apparmor": "docker-default"}
 UNCONFINED = {"selinux": "spc_t", "apparmor": "unconfined"}
 Outcomes = dict[tuple[str, str], dict[str, Any]]
@@ -41,11 +48,10 @@ Outcomes = dict[tuple[str, str], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcomes]:
-    """Nothing named: all of the library that belongs to a lab with an engine. The store's folder, and the outcomes."""
+    """The daily ones: the store's folder, and the outcomes."""
     state = tmp_path_factory.mktemp("containers")
     file = state / "out.json"
-    done = lsmlab("run", "--lab", LAB, "--json", str(file), env=environment(state))
-    assert re.search(r"lab docker-debian-13: \d+ scenarios are not about containers: left out", done.stderr)
+    lsmlab("run", *DAILY, "--lab", LAB, "--json", str(file), env=environment(state))
     return state, outcomes(file.read_text("utf-8"))
 
 
@@ -59,12 +65,24 @@ def attempts(outcome: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(arm["arm"], attempt) for arm in outcome["arms"] for attempt in arm["attempts"]]
 
 
-def test_every_container_scenario_is_as_expected(found: Outcomes) -> None:
-    wanted = {(name, framework): v for name, of in EXPECTED.items() for framework, v in of.items()}
-    assert {case: outcome["verdict"] for case, outcome in found.items()} == wanted
+def expected(names: Iterable[str]) -> dict[tuple[str, str], str]:
+    return {(name, framework): verdict for name in names for framework, verdict in EXPECTED[name].items()}
+
+
+def test_the_daily_scenarios_are_as_expected(found: Outcomes) -> None:
+    assert {case: outcome["verdict"] for case, outcome in found.items()} == expected(DAILY)
     assert all(outcome["as_expected"] for outcome in found.values())
-    library = discovery.load_scenarios((), REPO)
-    assert {s.id for s in library if s.subject.container is not None} == set(EXPECTED)
+
+
+@pytest.mark.slow
+def test_every_container_scenario_is_as_expected(tmp_path: Path) -> None:
+    """Nothing named: all of the library that belongs to a lab with an engine."""
+    file = tmp_path / "out.json"
+    done = lsmlab("run", "--lab", LAB, "--json", str(file), env=environment(tmp_path))
+    assert re.search(r"lab docker-debian-13: \d+ scenarios are not about containers: left out", done.stderr)
+    found = outcomes(file.read_text("utf-8"))
+    assert {case: outcome["verdict"] for case, outcome in found.items()} == expected(EXPECTED)
+    assert {s.id for s in discovery.load_scenarios((), REPO) if s.subject.container is not None} == set(EXPECTED)
 
 
 def test_the_control_differs_by_the_mac_alone_and_is_named_as_weaker(found: Outcomes) -> None:
@@ -88,7 +106,7 @@ def test_the_control_differs_by_the_mac_alone_and_is_named_as_weaker(found: Outc
 
 def test_a_block_is_charged_to_the_attempts_own_process(found: Outcomes) -> None:
     contained = [outcome for outcome in found.values() if outcome["verdict"] == CONTAINED]
-    assert len(contained) >= 10
+    assert len(contained) >= 5
     for outcome in contained:
         (attack,) = [a for arm, a in attempts(outcome) if arm.startswith(f"{outcome['framework']}-enforc")][:1]
         denial, seen = attack["attribution"]["denial"], attack["observation"]
@@ -111,10 +129,6 @@ def test_two_containers_are_kept_apart_by_their_categories(found: Outcomes) -> N
     denial = attempts(apart)[-2][1]["attribution"]["denial"]
     ours, theirs = (re.search(r":s0:(c\d+,c\d+)$", denial[side]) for side in ("subject", "object"))
     assert ours and theirs and ours[1] != theirs[1]
-    same = found["container-reads-other-tenant-same-level", "selinux"]
-    levels = {p["label"] for arm, a in attempts(same) for p in a["observation"]["subject_before"]["processes"]
-              if arm == "selinux-enforcing"}  # fmt: skip
-    assert levels == {"system_u:system_r:container_t:s0:c100,c200"}
 
 
 @pytest.mark.parametrize("framework", ["apparmor", pytest.param("selinux", marks=pytest.mark.slow)])
