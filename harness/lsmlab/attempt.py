@@ -11,6 +11,8 @@ from pydantic import BeforeValidator, Field
 
 from lsmlab import evidence, facts
 from lsmlab.channel.base import Channel
+from lsmlab.container import install, transport
+from lsmlab.container.engine import Running
 from lsmlab.definition import Strict
 from lsmlab.errors import ChannelError
 from lsmlab.scenario import CANARY, Attempt, Effect
@@ -22,6 +24,8 @@ WINDOW_BYTES = 8 << 20
 """A longer window is a flood: the log counts as unavailable, since its end was not read."""
 KEPT_OUTPUT = 64 << 10
 """Characters of output that a record keeps; the judgement is made on all of it."""
+ENGINE_SECONDS = 45
+"""What a container engine may take besides, to start a command: one second under emulation, ten on a busy machine."""
 AUDIT_LOG = "audit log"
 
 
@@ -161,13 +165,15 @@ def close_window(channel: Channel, unit: str, opened: facts.AuditState) -> tuple
     return read_window(facts.read(Closed, answer), opened, sentinel)
 
 
-def make(channel: Channel, spec: Attempt, unit: str, opened: Opened) -> Observation:
-    """Do `spec` once. Side effects are the attempt's own, the canary's line and an audit record.
+def make(channel: Channel, spec: Attempt, unit: str, opened: Opened, container: Running | None = None) -> Observation:
+    """Do `spec` once, a command in `container` where there is one. Side effects are the attempt's own, the canary's
+    line and an audit record.
 
-    Raises ChannelError where the guest does not answer or answers nonsense.
+    Raises ChannelError where the guest does not answer or answers nonsense, and EngineError.
     """
     word, sentinel = fresh_word(), _sentinel()
     auid = fresh_auid() if spec.run else None
+    inside = _Inside(channel, container, spec, auid) if container is not None and auid is not None else None
     effect = spec.allowed_if.effect
     closing = _closing(unit, opened.audit, sentinel) | {"known": opened.subject.service.model_dump()}
     answer = channel.ask(
@@ -175,10 +181,12 @@ def make(channel: Channel, spec: Attempt, unit: str, opened: Opened) -> Observat
         within=spec.timeout + SENTINEL_SECONDS + 120,
         canary=_canary(spec, word),
         effect=list(effect.run) if effect else None,
-        **_action(spec, opened.subject, auid),
+        **(inside.action if inside else _action(spec, opened.subject, auid)),
         close=closing,
     )
     made = facts.read(Made, answer)
+    if inside is not None:
+        made = made.model_copy(update={"result": inside.ended(made.result, answer["result"])})
     made.result.check(spec.id, command=spec.run is not None)
     if (made.planted is None) != (spec.canary is None):
         raise ChannelError(f"{spec.id}: the agent does not say whether it planted the canary")
@@ -206,6 +214,27 @@ def make(channel: Channel, spec: Attempt, unit: str, opened: Opened) -> Observat
         log=log,
         auid=auid,
     )
+
+
+class _Inside:
+    """A command that the engine runs in a container: ready to be run, and then how it ended."""
+
+    def __init__(self, channel: Channel, container: Running, spec: Attempt, auid: int) -> None:
+        assert spec.run is not None
+        channel.write_file(install.AUID_PATH, f"{auid}\n".encode())
+        self._container, self._spec = container, spec
+        self._number, request = container.prepare(spec.run)
+        data = base64.b64encode(request).decode()
+        self.action = {"engine": {"path": install.SOCKET, "data": data, "timeout": spec.timeout + ENGINE_SECONDS}}
+
+    def ended(self, exchange: Ended, answer: Any) -> Ended:
+        """From the engine's answer, `answer` with its bytes as they came. Raises EngineError."""
+        if exchange.timed_out:
+            return exchange.model_copy(update={"out": ""})
+        written = self._container.output(transport.carried(answer, self._spec.id))
+        out, err = (stream.decode("utf-8", "backslashreplace") for stream in (written.out, written.err))
+        code = self._container.exit_code(self._number)
+        return exchange.model_copy(update={"out": out, "err": err, "exit_code": code})
 
 
 def plant(channel: Channel, spec: Attempt) -> str:

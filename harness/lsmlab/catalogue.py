@@ -29,6 +29,7 @@ LESSONS = {
     "network": "The network",
     "database": "Databases",
     "credentials": "Credentials",
+    "container": "Containers",
 }
 """What a scenario teaches, by tag; the first that it has counts. Two tags may be one lesson."""
 
@@ -49,6 +50,8 @@ class Entry:
     folder: Path
     seen: Mapping[tuple[Framework, str], Seen]
     """By framework and lab."""
+    labs: tuple[str, ...] = ()
+    """Where it is run, sorted."""
 
     def expected(self, framework: Framework, lab: str) -> Verdict | None:
         """The verdict that the scenario's file states for a lab; None where it states none."""
@@ -91,6 +94,10 @@ def collect(outcomes: Iterable[Outcome]) -> Catalogue:
         newest[outcome.scenario, outcome.framework, outcome.lab] = outcome
     found = discovery.scenarios()
     files = found.own or found.built_in
+    ran_on = {lab for _, _, lab in newest}
+    known = {name: discovery.load_lab(name) for name in discovery.labs().ids}
+    # A lab of a downloaded image is listed once something was seen there: nobody owes it a run
+    labs = sorted({name for name, lab in known.items() if lab.cloud_image is None} | ran_on)
     entries = []
     for scenario in sorted(discovery.load_scenarios(str(path) for path in files.values()), key=lambda s: s.id):
         digest = scenario.digest()
@@ -99,10 +106,12 @@ def collect(outcomes: Iterable[Outcome]) -> Catalogue:
             for (name, framework, lab), outcome in sorted(newest.items())
             if name == scenario.id
         }
-        entries.append(Entry(scenario, files[scenario.id].parent, seen))
+        ran = {lab for _, lab in seen}
+        where = tuple(n for n in labs if n in ran or n not in known or scenario.belongs_to(known[n]))
+        entries.append(Entry(scenario, files[scenario.id].parent, seen, where))
     return Catalogue(
         tuple(entries),
-        tuple(sorted({*discovery.labs().ids, *(lab for _, _, lab in newest)})),
+        tuple(labs),
         tuple(sorted({name for name, _, _ in newest} - {e.scenario.id for e in entries})),
     )
 

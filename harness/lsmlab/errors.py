@@ -68,5 +68,9 @@ class SetupError(LsmlabError):
     """A scenario's set-up failed in the guest."""
 
 
+class EngineError(LsmlabError):
+    """A container engine is not there, too old, or does not do what it was asked; or a container ended at once."""
+
+
 class StoreError(LsmlabError):
     """The outcome store cannot be read or written."""

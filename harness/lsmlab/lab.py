@@ -79,6 +79,15 @@ class Service(Strict):
     """The profile that `lsmlab try` loads where the distribution ships none."""
 
 
+class Engine(Strict):
+    """The container engine that runs inside the lab's guests, and what the image has for it besides."""
+
+    kind: Literal["docker"]
+    packages: tuple[PackageName, ...] = Field(min_length=1)
+    units: tuple[str, ...] = Field(min_length=1)
+    """Its systemd units, the one that is started first; none runs from boot, since lsmlab writes their settings."""
+
+
 class Lab(Definition):
     """A kind of machine. Units: memory in MiB."""
 
@@ -95,11 +104,15 @@ class Lab(Definition):
     services: dict[Identifier, Service] = Field(default_factory=dict)
     names: dict[str, str] = Field(default_factory=dict)
     """What this distribution calls what Debian, whose names scenarios use, calls otherwise: users, groups, paths."""
+    engine: Engine | None = None
+    """None: no containers here."""
 
     @model_validator(mode="after")
     def _one_image(self) -> Lab:
         if (self.image is None) == (self.cloud_image is None):
             raise ValueError("expected either `image` (built from Debian packages) or `cloud_image` (downloaded)")
+        if self.engine is not None and self.image is None:
+            raise ValueError("engine: expected with `image`, whose packages and units it adds to")
         return self
 
     @property
@@ -128,6 +141,14 @@ class Lab(Definition):
             text = re.sub(rf"(?<![\w.-]){re.escape(debian)}(?![\w.-])", own.replace("\\", r"\\"), text)
         return text
 
+    def with_engine(self) -> Lab:
+        """This lab with its engine in the image; itself where it has none."""
+        image = self.with_packages(self.engine.packages).image if self.engine is not None else None
+        if self.engine is None or image is None:
+            return self
+        units = (*image.disabled_units, *(u for u in self.engine.units if u not in image.disabled_units))
+        return self.model_copy(update={"image": image.model_copy(update={"disabled_units": units})})
+
     def service(self, name: str) -> Service:
         """The service called `name`. Raises DefinitionError with the nearest name."""
         found = self.services.get(name)
@@ -139,7 +160,7 @@ class Lab(Definition):
 def load(path: Path, find: definition.Finder) -> Lab:
     """Read a lab file; `find` turns the id in `extends:` into a file. Raises DefinitionError."""
     raw = definition.resolve(path, KIND, find, FILE_KEYS)
-    lab = definition.validate(Lab, raw, path)
+    lab = definition.validate(Lab, raw, path).with_engine()
     if path.stem != lab.id:
         raise DefinitionError(
             f"{raw.origin(('id',), path)}: id: expected {path.stem!r}, the file's name; found {lab.id!r}"

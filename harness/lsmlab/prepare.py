@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 from lsmlab import attempt, evidence, facts
 from lsmlab.channel.base import Channel
-from lsmlab.errors import ChannelError, SetupError
+from lsmlab.container.engine import SLICE, Engine, Running
+from lsmlab.container.install import DEFAULT_PROFILE
+from lsmlab.container.spec import Container
+from lsmlab.errors import ChannelError, DefinitionError, SetupError
 from lsmlab.evidence import Denial
 from lsmlab.framework import FRAMEWORKS
 from lsmlab.framework.base import PolicyUnderTest
@@ -30,6 +33,9 @@ class Plan:
     after_start: tuple[Step, ...]
     policy: PolicyUnderTest
     object_path: str | None
+    container: Container | None = None
+    """The subject, where it is one; `unit` is then the slice that it lies in."""
+    beside: tuple[Container, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +44,13 @@ class Prepared:
 
     service_active: bool
     setup_denials: tuple[Denial, ...]
+    container: Running | None = None
 
 
 def plan_of(scenario: Scenario, lab: Lab) -> Plan:
-    """The plan of a scenario on a lab. Raises DefinitionError where the lab has no such service."""
+    """The plan of a scenario on a lab. Raises DefinitionError where the lab has no such service, or no engine."""
     return Plan(
-        unit=scenario.subject.unit or lab.service(scenario.subject.service or "").unit,
+        unit=_unit_of(scenario, lab),
         setup=tuple(step.renamed(lab.named) for step in scenario.setup),
         after_start=tuple(step.renamed(lab.named) for step in scenario.after_start),
         policy=PolicyUnderTest(
@@ -51,9 +58,24 @@ def plan_of(scenario: Scenario, lab: Lab) -> Plan:
             tuple(sorted(scenario.selinux.booleans.items())),
             scenario.apparmor.profiles,
             scenario.apparmor.shipped,
+            (DEFAULT_PROFILE,) if scenario.subject.container is not None else (),
         ),
         object_path=scenario.object.path and lab.named(scenario.object.path),
+        container=scenario.subject.container,
+        beside=scenario.subject.beside,
     )
+
+
+def _unit_of(scenario: Scenario, lab: Lab) -> str:
+    subject = scenario.subject
+    if subject.container is None:
+        return subject.unit or lab.service(subject.service or "").unit
+    if lab.engine is None:
+        raise DefinitionError(
+            f"lab {lab.id} has no container engine, and {scenario.id} is about a container",
+            hint="`lsmlab labs` lists the labs; a lab with `engine` has one, such as docker-debian-13.",
+        )
+    return SLICE
 
 
 def set_up(channel: Channel, arm: Arm, plan: Plan, image: Image) -> bool:
@@ -67,6 +89,8 @@ def set_up(channel: Channel, arm: Arm, plan: Plan, image: Image) -> bool:
     FRAMEWORKS[arm.framework].load(channel, image, plan.policy)
     was_running = is_running(channel, plan.unit)
     do_steps(channel, plan.setup, "setup")
+    for number, container in enumerate(plan.beside, 1):
+        Engine(channel).start(container, arm, name=f"beside-{number}", unconfined=False)
     if not is_running(channel, plan.unit):
         return not was_running
     channel.run(["systemctl", "stop", plan.unit], timeout=STEP_SECONDS).check()
@@ -78,16 +102,28 @@ def enter(channel: Channel, arm: Arm, plan: Plan, *, start: bool) -> Prepared:
     driver = FRAMEWORKS[arm.framework]
     mark(channel, arm)
     driver.enter(channel, arm, plan.policy)
-    if arm.unconfined:
-        driver.unconfine(channel, _program(channel, plan.unit))
     started: bool = False
     denials: tuple[Denial, ...] = ()
-    if start:
+    running = None
+    if plan.container is not None:
+        running = _start_container(channel, arm, plan.container)
+        started = True
+    elif arm.unconfined:
+        driver.unconfine(channel, _program(channel, plan.unit))
+    if start and running is None:
         started, denials = _start(channel, plan.unit)
     if started:
         do_steps(channel, plan.after_start, "after_start")
     driver.settle(channel, arm)
-    return Prepared(service_active=started, setup_denials=denials)
+    return Prepared(service_active=started, setup_denials=denials, container=running)
+
+
+def _start_container(channel: Channel, arm: Arm, container: Container) -> Running:
+    """The subject's container, in the arm's mode. Raises EngineError, and FrameworkError where nothing confines it."""
+    assert arm.framework is not None
+    engine = Engine(channel)
+    engine.need(arm.framework)
+    return engine.start(container, arm, name="subject", unconfined=arm.unconfined, group=SLICE)
 
 
 def bring_into(channel: Channel, arm: Arm, plan: Plan, image: Image) -> Prepared:

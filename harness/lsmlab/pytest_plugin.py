@@ -136,7 +136,10 @@ def missing_programs(*, build_image: bool = True) -> list[str]:
 
 
 class ScenarioFile(pytest.File):
-    """One scenario file: one item for each framework that the scenario speaks of and the lab has."""
+    """One scenario file: one item for each framework that the scenario speaks of and the lab has.
+
+    None where it is about a container and the lab has no engine, or the other way round.
+    """
 
     def collect(self) -> Iterator[ScenarioItem]:
         """Raises CollectError with the definition's faults, each with its file and line."""
@@ -146,6 +149,8 @@ class ScenarioFile(pytest.File):
         try:
             lab = self.config.stash[SESSION].lab
             scenario = discovery.load_scenario_file(self.path)
+            if not scenario.belongs_to(lab):
+                return
             cases = run.cases([scenario], lab, [Framework(f) for f in asked_for] if asked_for else None)
         except LsmlabError as error:
             raise self.CollectError(str(error)) from None

@@ -53,6 +53,11 @@ def cases(scenarios: Sequence[Scenario], lab: Lab, frameworks: Sequence[Framewor
     return tuple(Case(s, f) for s in scenarios for f in Framework if f in wanted and f in s.expected)
 
 
+def chosen(scenarios: Sequence[Scenario], lab: Lab) -> tuple[Scenario, ...]:
+    """Those of `scenarios` that belong to `lab`; all of them where none does, so that `cases` says why."""
+    return tuple(s for s in scenarios if s.belongs_to(lab)) or tuple(scenarios)
+
+
 def by_image(lab: Lab, wanted: Sequence[Case]) -> tuple[tuple[Lab, tuple[Case, ...]], ...]:
     """`wanted` by the lab that serves it: `lab` itself first, then those with more packages in their image."""
     found: dict[tuple[str, ...], tuple[Lab, list[Case]]] = {}
@@ -159,7 +164,7 @@ def _attempts(
         try:
             if number:
                 machine.restore(READY)
-            seen = attempt.make(machine.channel, spec, plan.unit, opened)
+            seen = attempt.make(machine.channel, spec, plan.unit, opened, prepared.container)
             records.append(judge_attempt(scenario, spec, arm, seen, bench.lab.id))
         except LsmlabError as error:  # what the other attempts proved stays proved
             records.append(_failed(spec, str(error)))
@@ -187,6 +192,9 @@ def judge_attempt(scenario: Scenario, spec: Attempt, arm: Arm, seen: Observation
     """
     framework = arm.framework
     subject = scenario.subject_name(framework) if framework else ""
+    container = scenario.subject.container
+    if framework and container and arm.unconfined and not container.confined_by(framework):
+        subject = ""  # who is never confined is its own control
     judgement = verdict.judge(spec, arm, seen, subject)
     attribution = None
     if framework in scenario.expected and judgement.result in {Result.BLOCKED, Result.ALLOWED}:

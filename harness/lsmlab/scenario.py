@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from lsmlab import definition
+from lsmlab.container.spec import Container
 from lsmlab.definition import Definition, Strict
 from lsmlab.errors import DefinitionError
-from lsmlab.lab import Identifier, PackageName, UnitName
+from lsmlab.lab import Identifier, Lab, PackageName, UnitName
 from lsmlab.terms import AttemptKind, Control, Framework, Verdict
 
 KIND = "lsmlab/scenario"
@@ -49,11 +50,15 @@ def _distinct_names(paths: tuple[Path, ...]) -> tuple[Path, ...]:
 
 
 class Subject(Strict):
-    """Who acts: a service of the lab, or a unit of the scenario's own; and the domain and profile it must be in."""
+    """Who acts: a service of the lab, a unit of the scenario's own, or a container; and its domain and profile."""
 
     service: Identifier | None = None
     unit: UnitName | None = None
     """A systemd unit that the set-up writes."""
+    container: Container | None = None
+    """A container of the lab's engine."""
+    beside: tuple[Container, ...] = ()
+    """Other containers, which are there before it."""
     selinux: str | None = None
     """The SELinux type (domain), such as httpd_t."""
     apparmor: str | None = None
@@ -61,13 +66,19 @@ class Subject(Strict):
 
     @model_validator(mode="after")
     def _one(self) -> Subject:
-        if (self.service is None) == (self.unit is None):
-            raise ValueError("expected either `service` (one of the lab) or `unit` (one that the set-up writes)")
+        if sum(one is not None for one in (self.service, self.unit, self.container)) != 1:
+            raise ValueError(
+                "expected one of `service` (one of the lab), `unit` (one that the set-up writes) and `container`"
+            )
+        if self.beside and self.container is None:
+            raise ValueError("`beside` has the containers beside a container")
         return self
 
     @property
     def name(self) -> str:
         """The service's name, for people."""
+        if self.container is not None:
+            return "container"
         return self.service or (self.unit or "").removesuffix(".service")
 
 
@@ -355,11 +366,26 @@ class Scenario(Definition):
                 f"attempts.{changing}: an attack that changes MAC has no object where there is none: "
                 f"it needs `control: {Control.UNCONFINED}`"
             )
+        self._check_container()
         for framework, expectation in self.expected.items():
             self._check_expectation(framework, f"expected.{framework}", expectation, attacks)
             for lab, other in expectation.labs.items():
                 self._check_expectation(framework, f"expected.{framework}.labs.{lab}", other, attacks)
         return self
+
+    def _check_container(self) -> None:
+        container = self.subject.container
+        if container is None:
+            return
+        if self.control is not Control.UNCONFINED:
+            raise ValueError(
+                "subject.container: an engine needs a kernel with the framework, so that its absence is no control: "
+                f"it needs `control: {Control.UNCONFINED}` (`apparmor=unconfined`, `label=disable`)"
+            )
+        if container.network != "host":
+            asked = next((n for n, a in enumerate(self.attempts) if a.http is not None), None)
+            if asked is not None:
+                raise ValueError(f"attempts.{asked}: no visitor reaches a container without `network: host`")
 
     def _check_expectation(
         self, framework: Framework, at: str, expectation: LabExpectation, attacks: list[str]
@@ -392,6 +418,10 @@ class Scenario(Definition):
         """What `framework` is expected to do on `lab`. Raises KeyError where nothing is expected of it."""
         expected = self.expected[framework]
         return expected.labs.get(lab, expected)
+
+    def belongs_to(self, lab: Lab) -> bool:
+        """Whether it is run on `lab` when all are asked for: about a container where there is an engine, or neither."""
+        return (self.subject.container is not None) is (lab.engine is not None)
 
     def subject_name(self, framework: Framework) -> str:
         """The domain or profile in which the subject must be found under `framework`."""

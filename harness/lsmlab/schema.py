@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from lsmlab import lab, scenario
+from lsmlab.container import spec
 from lsmlab.definition import Definition
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -61,7 +62,7 @@ def of(kind: str) -> dict[str, Any]:
 
 def _models(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
     """Every model of the modules that `model` and its parts come from."""
-    for name in sorted({model.__module__, lab.__name__, scenario.__name__}):
+    for name in sorted({model.__module__, lab.__name__, scenario.__name__, spec.__name__}):
         for value in vars(sys.modules[name]).values():
             if isinstance(value, type) and issubclass(value, BaseModel) and value.__module__ == name:
                 yield value

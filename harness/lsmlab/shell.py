@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from lsmlab import attempt, prepare
 from lsmlab.bench import Bench
 from lsmlab.channel.base import Channel, CommandResult
+from lsmlab.container.engine import Running
 from lsmlab.definition import unknown_name
 from lsmlab.errors import ChannelError, HostError, LsmlabError
 from lsmlab.framework import FRAMEWORKS
@@ -49,13 +50,37 @@ os.write(1, base64.b64decode(done["out"]))
 os.write(2, base64.b64decode(done["err"]))
 sys.exit(124 if done["timed_out"] else done["exit_code"] if done["signal"] is None else 128 + done["signal"])
 """
+ATTACK_INSIDE = """#!/usr/bin/python3 -I
+# attack COMMAND...: run it in the scenario's container, as lsmlab does: the engine starts it.
+import http.client, json, os, socket, struct, sys
+class Engine(http.client.HTTPConnection):
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect("/run/docker.sock")
+def ask(method, path, body=None):
+    link = Engine("engine")
+    link.request(method, path, json.dumps(body), {"Content-Type": "application/json", "Connection": "close"})
+    answer = link.getresponse()
+    said = answer.read()
+    if answer.status >= 300:
+        sys.exit(said.decode("utf-8", "replace"))
+    return said
+wanted = {"AttachStdout": True, "AttachStderr": True, "Cmd": sys.argv[1:]}
+number = json.loads(ask("POST", "/containers/CONTAINER/exec", wanted))["Id"]
+said = ask("POST", f"/exec/{number}/start", {"Detach": False, "Tty": False})
+while said:
+    stream, length = struct.unpack(">BxxxI", said[:8])
+    os.write(stream, said[8:8 + length])
+    said = said[8 + length:]
+sys.exit(json.loads(ask("GET", f"/exec/{number}/json"))["ExitCode"])
+"""
 
 
 def open_on_arm(bench: Bench, arm: Arm, scenario: Scenario | None = None) -> None:
     """Give the terminal a root shell in a fresh guest of `arm`, set up for `scenario` where one is named."""
     need_terminal()
     with bench.guest(arm.kernel, f"shell {arm}", kept_open=True) as machine:
-        _enter(bench, machine, arm, scenario, f"shell {arm}")
+        _bring_into(bench, machine, arm, scenario, f"shell {arm}")
         bench.progress.done(f"shell {arm}")
         with bench.progress.paused():
             attach(machine)
@@ -66,11 +91,10 @@ def open_on_attempt(bench: Bench, scenario: Scenario, arm: Arm, attempt_id: str)
     need_terminal()
     spec = attempt_of(scenario, attempt_id)
     with bench.guest(arm.kernel, f"shell {arm}", kept_open=True) as machine:
-        plan = _enter(bench, machine, arm, scenario, f"shell {arm}")
-        assert plan is not None
+        plan, container = _enter(bench, machine, arm, scenario, f"shell {arm}")
         bench.progress.step(f"shell {arm}", f"{spec.kind} {spec.id}")
         opened = attempt.open_window(machine.channel, plan.unit, plan.object_path)
-        attempt.make(machine.channel, spec, plan.unit, opened)
+        attempt.make(machine.channel, spec, plan.unit, opened, container)
         bench.progress.done(f"shell {arm}")
         with bench.progress.paused():
             attach(machine)
@@ -84,11 +108,10 @@ def open_before_attempt(
     The canary is planted. With `argv` that command is run there instead, and its result returned.
     """
     with bench.guest(arm.kernel, f"rewind {arm}", kept_open=True) as machine:
-        plan = _enter(bench, machine, arm, scenario, f"rewind {arm}")
-        assert plan is not None
+        plan, container = _enter(bench, machine, arm, scenario, f"rewind {arm}")
         opened = attempt.open_window(machine.channel, plan.unit, plan.object_path)
         canary = attempt.plant(machine.channel, spec)
-        typed = _by_hand(machine.channel, spec, opened)
+        typed = _by_hand(machine.channel, spec, opened, container)
         bench.progress.done(f"rewind {arm}")
         if argv:
             return machine.channel.run(argv, timeout=FOREVER)
@@ -106,16 +129,18 @@ def attempt_of(scenario: Scenario, attempt_id: str) -> Attempt:
     return spec
 
 
-def _by_hand(channel: Channel, spec: Attempt, opened: attempt.Opened) -> str:
+def _by_hand(channel: Channel, spec: Attempt, opened: attempt.Opened, container: Running | None) -> str:
     """The command line that does what the attempt does. What it needs is put into the guest."""
     if spec.http is not None:
         method = [] if spec.http.method == "GET" and spec.http.body is None else ["--request", spec.http.method]
         body = [] if spec.http.body is None else ["--data-raw", spec.http.body, "--header", "Content-Type:"]
         return shlex.join(["curl", "--include", "--path-as-is", "--globoff", *method, *body, attempt.url_of(spec)])
     assert spec.run is not None
-    command = attempt.command_as(spec, opened.subject, attempt.fresh_auid())
-    channel.ask("offer", path=BY_HAND, who=command["who"], timeout=spec.timeout)
-    channel.write_file("/usr/local/bin/attack", ATTACK.encode(), mode=0o755)
+    attack = ATTACK if container is None else ATTACK_INSIDE.replace("CONTAINER", container.id)
+    if container is None:
+        command = attempt.command_as(spec, opened.subject, attempt.fresh_auid())
+        channel.ask("offer", path=BY_HAND, who=command["who"], timeout=spec.timeout)
+    channel.write_file("/usr/local/bin/attack", attack.encode(), mode=0o755)
     return shlex.join(["attack", *spec.run])
 
 
@@ -132,20 +157,26 @@ def _briefing(scenario: Scenario, arm: Arm, spec: Attempt, canary: str) -> str:
 def run_on_arm(bench: Bench, arm: Arm, argv: Sequence[str], scenario: Scenario | None = None) -> CommandResult:
     """Run one command as root in a fresh guest of `arm`."""
     with bench.guest(arm.kernel, f"shell {arm}", kept_open=True) as machine:
-        _enter(bench, machine, arm, scenario, f"shell {arm}")
+        _bring_into(bench, machine, arm, scenario, f"shell {arm}")
         bench.progress.done(f"shell {arm}")
         return machine.channel.run(argv, timeout=FOREVER)
 
 
-def _enter(bench: Bench, machine: QemuMachine, arm: Arm, scenario: Scenario | None, task: str) -> prepare.Plan | None:
-    bench.progress.step(task, "entering the arm")
+def _bring_into(bench: Bench, machine: QemuMachine, arm: Arm, scenario: Scenario | None, task: str) -> None:
     if scenario is not None:
-        plan = prepare.plan_of(scenario, bench.lab)
-        prepare.bring_into(machine.channel, arm, plan, bench.image)
-        return plan
+        _enter(bench, machine, arm, scenario, task)
+        return
+    bench.progress.step(task, "entering the arm")
     prepare.mark(machine.channel, arm)
     FRAMEWORKS[arm.framework].enter(machine.channel, arm, PolicyUnderTest())
-    return None
+
+
+def _enter(
+    bench: Bench, machine: QemuMachine, arm: Arm, scenario: Scenario, task: str
+) -> tuple[prepare.Plan, Running | None]:
+    bench.progress.step(task, "entering the arm")
+    plan = prepare.plan_of(scenario, bench.lab)
+    return plan, prepare.bring_into(machine.channel, arm, plan, bench.image).container
 
 
 def need_terminal() -> None:

@@ -328,13 +328,22 @@ def ending(seen: Observation) -> str:
 def own_denials(seen: Observation) -> tuple[Denial, ...]:
     """The denials in the window that belong to the subject's processes; of a `run`, from its program's exec on."""
     records = evidence.parse(seen.log)
+    start = None
     if seen.auid is not None:
-        started = next(
-            (r.serial for r in records if r.fields.get("key") == SUBJECT_KEY and _auid(r) == seen.auid), None
-        )
-        records = tuple(r for r in records if started is not None and r.serial >= started)
+        start = next((r for r in records if r.fields.get("key") == SUBJECT_KEY and _auid(r) == seen.auid), None)
+        records = tuple(r for r in records if start is not None and r.serial >= start.serial)
     family = _family(seen, records)
-    return tuple(d for d in evidence.denials(records) if _is_subjects(d, seen, family))
+    found = (d for d in evidence.denials(records) if _is_subjects(d, seen, family))
+    return tuple(d for d in found if start is None or not _of_entering(d, start))
+
+
+def _of_entering(denial: Denial, start: Record) -> bool:
+    """Whether a denial is of who let the subject in: another domain's, in the exec that succeeded all the same.
+
+    Who starts a process in another domain may be denied to pass on signals and limits (siginh, rlimitinh).
+    """
+    entered = domain_of(start.fields.get("subj", ""))
+    return denial.event == start.event and start.fields.get("success") == "yes" and denial.subject_domain != entered
 
 
 def _family(seen: Observation, records: Sequence[Record]) -> frozenset[int]:

@@ -1296,7 +1296,7 @@ def test_what_is_no_http_is_told(serving: Serving, answer: bytes, status: int | 
 
 
 def test_an_attempt_needs_something_to_do() -> None:
-    with pytest.raises(agent.Refused, match="a request or a command"):
+    with pytest.raises(agent.Refused, match="a request, a command or an engine"):
         agent.attempt(close={})
 
 
@@ -1428,7 +1428,7 @@ def test_questions_are_answered_side_by_side(asked: Asked) -> None:
         ({"do": "run", "argv": ["true"], "stdin": "not base64"}, "Error"),
         ({"do": "write", "path": "/proc/version/x", "data": ""}, "/proc/version"),
         ({"do": "write", "path": "/", "data": ""}, "/: Is a directory"),
-        ({"do": "attempt", "close": {}}, "an attempt needs a request or a command"),
+        ({"do": "attempt", "close": {}}, "an attempt needs a request, a command or an engine"),
     ],
     ids=str,
 )

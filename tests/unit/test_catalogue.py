@@ -296,6 +296,21 @@ def test_the_store_gives_the_newest_of_each_kind(tmp_path: Path) -> None:
     assert [o.id for o in store.newest()] == [f"{n:012x}" for n in (2, 3, 4)]
 
 
+def test_a_lab_of_a_downloaded_image_is_listed_once_something_was_seen_there() -> None:
+    assert {"debian-12", "debian-13", "docker-debian-13"} <= set(catalogue.collect([]).labs)
+    assert "fedora-44" in discovery.labs().ids and "fedora-44" not in catalogue.collect([]).labs
+    assert "fedora-44" in catalogue.collect([seen(lab="fedora-44")]).labs
+
+
+def test_a_scenario_is_listed_on_the_labs_that_it_is_run_on() -> None:
+    shutil.copytree(REPO / "scenarios" / "container-reads-host-shadow", Path("scenarios/container-reads-host-shadow"))
+    labs = {e.scenario.id: e.labs for e in catalogue.collect([]).entries}
+    assert labs["container-reads-host-shadow"] == ("docker-debian-13",)
+    assert labs[FLAGSHIP] == ("debian-12", "debian-13")
+    ran = catalogue.collect([seen(lab="docker-debian-13")])
+    assert next(e for e in ran.entries if e.scenario.id == FLAGSHIP).labs[-1] == "docker-debian-13"
+
+
 # The pages of the repository
 
 

@@ -899,7 +899,8 @@ def test_from_nothing_to_a_scenario_that_is_checked(host: Host) -> None:
     checked = host.lsmlab(*commands[0], "--no-compile")
     assert checked.code == 0, checked.out
     assert re.search(r"^ok +scenario +mine +keys, 2 files$", checked.out, re.MULTILINE)
-    assert "\n1 scenario and 2 labs: 3 ok; policies were not compiled, as asked\n" in checked.out
+    labs = len(discovery.labs(REPO).ids)
+    assert f"\n1 scenario and {labs} labs: {labs + 1} ok; policies were not compiled, as asked\n" in checked.out
     again = host.lsmlab("new", "scenario", "mine").refused(4)
     assert "a scenario is called 'mine' already" in again
 
@@ -922,7 +923,8 @@ def test_a_check_lists_all_faults_as_text_and_as_json(host: Host) -> None:
     as_json = host.lsmlab("check", "--no-compile", "--json", "-")
     assert as_json.code == 4
     rows = {r["id"]: r["status"] for r in json.loads(as_json.out)["files"]}
-    assert rows == {"debian-12": "sound", "debian-13": "sound", "mine": "faulty", "other": "faulty"}
+    assert (rows.pop("mine"), rows.pop("other")) == ("faulty", "faulty")
+    assert set(rows.values()) == {"sound"} and {"debian-12", "debian-13"} <= set(rows)
 
 
 def test_the_schema_is_json(host: Host) -> None:

@@ -29,6 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "download",
         # what people write
         "lab",
+        "container container.spec",
         "scenario",
         "discovery",
         "schema selection skeleton",
@@ -40,6 +41,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "channel.agent channel.ssh_host",
         "channel.ssh_login",
         "channel.ssh",
+        "container.install container.transport",
+        "container.engine",
         # their disks, of which some are made in a guest
         "machine machine.base machine.hardware",
         "machine.qemu",

@@ -23,7 +23,8 @@ def others(scenario: Scenario) -> bool:
 
 
 LABS = ["debian-13", "debian-12"]
-SCENARIOS = {s.id: s for s in discovery.load_scenarios((), REPO)}
+SCENARIOS = {s.id: s for s in discovery.load_scenarios((), REPO) if s.subject.container is None}
+"""Those about containers are in test_container.py."""
 KINDS = (
     "apparmor-sample-profile", "named-reads-machine-keytab", "selinux-database-boolean-on", "selinux-moved-page",
     "shop-base", "shop-copies-postgresql", "shop-kills-billing", "shop-sets-permissive", "vsftpd-reads-other-home",

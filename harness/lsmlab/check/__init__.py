@@ -38,7 +38,8 @@ def check(names: Sequence[str], labs: Sequence[str], progress: Progress, *, comp
             definitions.check_on_lab(entry, one, machine)
         if compiling:
             own = [e for e in found.files if e.kind == "lab" and e.name == machine.id]
-            policies.check_policies(machine, own, ready, progress)
+            there = [(e, one) for e, one in ready if one.subject.container is None or machine.engine is not None]
+            policies.check_policies(machine, own, there, progress)
     if compiling:
         progress.done(policies.TASK)
     return found

@@ -166,6 +166,9 @@ def _load_lab(entry: Checked, known: dict[str, Path]) -> Lab | None:
 
 def check_on_lab(entry: Checked, one: Scenario, machine: Lab) -> None:
     """See that a lab has what a scenario asks of it."""
+    if one.subject.container is not None and machine.engine is None:
+        entry.notes.append(f"{machine.id} has no container engine: it is not run there")
+        return
     service = one.subject.service
     if service is not None and service not in machine.services:
         known = ", ".join(sorted(machine.services)) or "none"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lsmlab import cache, definition, host
 from lsmlab.check.findings import Checked, faults_of
+from lsmlab.container.install import DEFAULT_PROFILE
 from lsmlab.errors import LsmlabError, PolicyError
 from lsmlab.image import build, policy, probe
 from lsmlab.image.build import Image
@@ -113,6 +114,7 @@ def _judge_profile_name(
     if Framework.APPARMOR not in one.expected or name is None or not all(p.compiles for p in profiles):
         return
     there = [n for p in profiles for n in p.names]
+    there += [DEFAULT_PROFILE] if one.subject.container is not None else []  # the engine brings it
     if name not in {*there, *(answers.names or ()), "unconfined"}:
         known = ", ".join(there) or "none"
         words = f"no profile is called {name!r}; the scenario's files have: {known} [AppArmor of {machine.id}]"

@@ -86,13 +86,18 @@ def run_command(
     accelerator_of(accel)
     machine = discovery.load_lab(lab)
     file = image_of(machine, image)
-    wanted = run.cases(discovery.load_scenarios(scenarios or ()), machine, frameworks_of(framework))
+    found = discovery.load_scenarios(scenarios or ())
+    taken = run.chosen(found, machine)
+    wanted = run.cases(taken, machine, frameworks_of(framework))
     if not wanted:
         say("nothing to run: no scenario has an expectation for the frameworks asked for")
         raise typer.Exit(NOTHING)
     screen, start, outcomes = console(), time.monotonic(), list[Outcome]()
     store = Store()
     store.count()  # a store that cannot be used is said now, not after the run
+    if len(taken) < len(found):
+        why = "are not about containers" if machine.engine else "are about containers, and it has no engine"
+        say(f"lab {machine.id}: {len(found) - len(taken)} scenarios {why}: left out")
     try:
         with progress_shown(quiet) as progress:
             for outcome in _outcomes(

@@ -60,6 +60,7 @@ def labs_command(json_file: JsonOption = None) -> None:
             {
                 "id": machine.id, "title": machine.title, "frameworks": [f.value for f in machine.frameworks],
                 "services": sorted(machine.services), "memory_mib": machine.memory_mib,
+                "engine": machine.engine.kind if machine.engine else None,
                 "image": f"built {image.built[:10]}" if image else "not built",
                 "lacks": doctor.lacking(machine), "seen": proven.get(machine.id),
                 "real_image": _proved(on_real_images, machine),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lsmlab import facts
 from lsmlab.channel.base import Channel
 from lsmlab.errors import FrameworkError, PolicyError
@@ -11,6 +13,7 @@ from lsmlab.scenario import read_file
 from lsmlab.terms import Arm
 
 FOLDER = "/etc/apparmor.d"
+KERNEL = "/sys/kernel/security/apparmor"
 
 
 class Apparmor:
@@ -28,6 +31,8 @@ class Apparmor:
 
         In the arm of an unconfined subject none is loaded, and those that were loaded from boot are removed.
         """
+        if arm.unconfined:
+            self._remove(channel, policy.apparmor_others)
         sources = {f"{FOLDER}/{profile.name}": str(profile) for profile in policy.apparmor_profiles}
         for path in (*sources, *policy.apparmor_shipped):
             source = sources.get(path, path)
@@ -44,6 +49,15 @@ class Apparmor:
                 state = loaded.get(name)
                 if state is None or (mode and state != "complain"):
                     raise FrameworkError(f"profile {name}: the kernel says {state or 'it is not loaded'!r}")
+
+    def _remove(self, channel: Channel, names: Sequence[str]) -> None:
+        """Remove those that are loaded, of which there are no sources."""
+        for name in names:
+            if name in self._loaded(channel):
+                channel.write_file(f"{KERNEL}/.remove", name.encode())
+        left = self._loaded(channel).keys() & set(names)
+        if left:
+            raise FrameworkError(f"profile {min(left)} was removed, and the kernel still has it")
 
     def _unload(self, channel: Channel, path: str) -> None:
         names = self._names(channel, path)

@@ -20,6 +20,8 @@ class PolicyUnderTest:
     apparmor_profiles: tuple[Path, ...] = ()
     apparmor_shipped: tuple[str, ...] = ()
     """Files in the guest: profiles that the distribution ships."""
+    apparmor_others: tuple[str, ...] = ()
+    """Names of profiles that somebody else loads, such as a container engine."""
 
 
 class FrameworkDriver(Protocol):

@@ -234,6 +234,8 @@ def service(unit: str) -> dict[str, Any]:
     asked = ["systemctl", "show", "--property=ActiveState,SubState,MainPID,Result", unit]
     done = subprocess.run(asked, capture_output=True, stdin=subprocess.DEVNULL, timeout=60, check=False)
     said = dict(line.partition("=")[::2] for line in done.stdout.decode("utf-8", "replace").split("\n") if line)
+    if unit.endswith(".slice"):  # a group of units, which has neither
+        said = {"Result": "success", "MainPID": "0", **said}
     if "ActiveState" not in said:
         raise Refused(f"systemctl show {unit}: {done.stderr.decode('utf-8', 'replace').strip()}")
     return {
@@ -668,6 +670,35 @@ def visit(method: str, port: int, path: str, timeout: float, body: str | None = 
             "too_much": len(received) > MOST_OUTPUT, "seconds": time.monotonic() - start}  # fmt: skip
 
 
+def exchange(path: str, data: str, timeout: float) -> dict[str, Any]:
+    """Send bytes to a Unix socket, and read what comes until its other end is closed: a container engine's HTTP."""
+    start = time.monotonic()
+    timed_out = False
+    received, buffer = bytearray(), bytearray(1 << 16)
+    with _Deadline(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+        link.moment = start + timeout
+        link.settimeout(timeout)
+        try:
+            link.connect(path)
+            link.sendall(base64.b64decode(data))
+            while len(received) <= MOST_OUTPUT:
+                count = link.recv_into(buffer)
+                if not count:
+                    break
+                received += buffer[:count]
+        except (TimeoutError, socket.timeout):  # noqa: UP041 - not the same before Python 3.10
+            timed_out = True
+    return {
+        "exit_code": None,
+        "signal": None,
+        "out": base64.b64encode(received[:MOST_OUTPUT]).decode(),
+        "err": "",
+        "timed_out": timed_out,
+        "too_much": len(received) > MOST_OUTPUT,
+        "seconds": time.monotonic() - start,
+    }
+
+
 # Operations
 
 
@@ -748,16 +779,20 @@ def attempt(
     effect: list[str] | None = None,
     request: dict[str, Any] | None = None,
     command: dict[str, Any] | None = None,
+    engine: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One attempt from the canary to the evidence: exactly one of `request` (see `visit`) and `command` (`run_as`)."""
+    """One attempt from the canary to the evidence: one of `request` (see `visit`), `command` (`run_as`), and `engine`
+    (`exchange`)."""
     planted = plant(**canary) if canary is not None else None
     before = run(effect) if effect else None
     if request is not None:
         result = visit(**request)
     elif command is not None:
         result = run_as(**command)
+    elif engine is not None:
+        result = exchange(**engine)
     else:
-        raise Refused("an attempt needs a request or a command")
+        raise Refused("an attempt needs a request, a command or an engine")
     after = run(effect) if effect else None
     return {
         "planted": planted,
@@ -815,7 +850,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
         ping, offer, run, visit, write, relabel, clock, pids, audit_state, mode, open_window, close_window,
-        plant, attempt,
+        plant, attempt, exchange,
     )
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from typing import Any
 from lsmlab import cache, paths
 from lsmlab.channel.agent import agent_digest
 from lsmlab.channel.base import Channel
+from lsmlab.container import engine, install
 from lsmlab.definition import digest_of
 from lsmlab.errors import HostError, LsmlabError, MachineError
 from lsmlab.image.build import Image
@@ -71,6 +72,8 @@ def fits(lab: Lab, image: Image, kernel: Kernel, hardware: Hardware) -> dict[str
         "qemu": hardware.qemu_version, "accelerator": hardware.accelerator, "cpu": CPU[hardware.accelerator],
         "memory_mib": hardware.memory_mib,
     }  # fmt: skip
+    if lab.engine is not None:
+        about["engine"] = install.digest()
     return about | (_host_cpu() if hardware.accelerator == "kvm" else {})
 
 
@@ -190,6 +193,9 @@ def _boot(lab: Lab, image: Image, kernel: Kernel, state: SavedState, progress: P
         try:
             progress.step(task, f"letting {lab.title} settle (kernel: {kernel})")
             settle(machine.channel, kernel)
+            if lab.engine is not None:
+                progress.step(task, f"starting {lab.title}'s container engine (kernel: {kernel})")
+                engine.bring_up(machine.channel, lab.engine.units)
             progress.step(task, f"saving the booted state (kernel: {kernel})")
             machine.save(work / "ram")
         except LsmlabError as error:

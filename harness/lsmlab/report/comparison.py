@@ -103,7 +103,7 @@ def record_words(denial: Denial) -> str:
 
 def _not_compared(catalogue: Catalogue) -> Iterator[tuple[str, str]]:
     for entry in catalogue.entries:
-        lacking = [f"{framework.display} on {lab}" for framework, lab in _lacking(entry, catalogue)]
+        lacking = [f"{framework.display} on {lab}" for framework, lab in _lacking(entry)]
         only = [f for f in Framework if f in entry.scenario.expected]
         if len(only) == 1:
             yield entry.scenario.id, f"it is about {only[0].display} alone"
@@ -111,5 +111,5 @@ def _not_compared(catalogue: Catalogue) -> Iterator[tuple[str, str]]:
             yield entry.scenario.id, f"not run: {', '.join(lacking)}"
 
 
-def _lacking(entry: Entry, catalogue: Catalogue) -> list[tuple[Framework, str]]:
-    return [(f, lab) for f in Framework for lab in catalogue.labs if (f, lab) not in entry.seen]
+def _lacking(entry: Entry) -> list[tuple[Framework, str]]:
+    return [(f, lab) for f in Framework for lab in entry.labs if (f, lab) not in entry.seen]

@@ -70,13 +70,13 @@ def catalogue_page(catalogue: Catalogue, out: Path) -> str:
     parts = [MADE, "# Scenarios", _introduction(catalogue, out), *_overview(catalogue)]
     for group, entries in catalogue.groups.items():
         parts.append(f"## {prose(group)}")
-        parts += [part for entry in entries for part in _scenario(catalogue, entry, out)]
+        parts += [part for entry in entries for part in _scenario(entry, out)]
     return "\n\n".join(parts) + "\n"
 
 
 def _introduction(catalogue: Catalogue, out: Path) -> str:
     frameworks = [(e, f) for e in catalogue.entries for f in Framework if f in e.scenario.expected]
-    cells = [(e, f, lab) for e, f in frameworks for lab in catalogue.labs]
+    cells = [(e, f, lab) for e, f in frameworks for lab in e.labs]
     ran = [(e, f, lab) for e, f, lab in cells if (f, lab) in e.seen]
     verdicts = Counter(str(e.seen[f, lab].outcome.verdict) for e, f, lab in ran)
     other = sum(e.seen[f, lab].outcome.verdict is not e.expected(f, lab) for e, f, lab in ran)
@@ -102,7 +102,7 @@ def _overview(catalogue: Catalogue) -> Iterator[str]:
     rows = []
     for group, entries in catalogue.groups.items():
         for entry in entries:
-            seen = [_across(catalogue, entry, framework) for framework in Framework]
+            seen = [_across(entry, framework) for framework in Framework]
             name = entry.scenario.id
             where = f"[{prose(group)}](#{anchor(group)})"
             rows.append((f"[{name}](#{anchor(name)})", where, entry.scenario.difficulty, *seen))
@@ -116,15 +116,15 @@ def _overview(catalogue: Catalogue) -> Iterator[str]:
     yield table(("tag", "scenarios"), [(prose(tag), ", ".join(links)) for tag, links in sorted(tags.items())])
 
 
-def _across(catalogue: Catalogue, entry: Entry, framework: Framework) -> str:
-    """What was seen on all labs, in one cell: once where it is the same on all."""
-    by_lab = {lab: verdict_seen(entry, framework, lab) for lab in catalogue.labs}
+def _across(entry: Entry, framework: Framework) -> str:
+    """What was seen on its labs, in one cell: once where it is the same on all."""
+    by_lab = {lab: verdict_seen(entry, framework, lab) for lab in entry.labs}
     if len(set(by_lab.values())) == 1:
         return next(iter(by_lab.values()))
     return "; ".join(f"{lab}: {verdict}" for lab, verdict in by_lab.items())
 
 
-def _scenario(catalogue: Catalogue, entry: Entry, out: Path) -> Iterable[str]:
+def _scenario(entry: Entry, out: Path) -> Iterable[str]:
     one = entry.scenario
     yield f"### {one.id}"
     about = [
@@ -140,6 +140,6 @@ def _scenario(catalogue: Catalogue, entry: Entry, out: Path) -> Iterable[str]:
     rows = []
     for framework in Framework:
         if framework in one.expected:
-            seen = (verdict_seen(entry, framework, lab) for lab in catalogue.labs)
+            seen = (verdict_seen(entry, framework, lab) for lab in entry.labs)
             rows.append((framework.display, verdict_words(one, framework), *seen))
-    yield table(("framework", "expected", *catalogue.labs), rows)
+    yield table(("framework", "expected", *entry.labs), rows)
