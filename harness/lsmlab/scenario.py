@@ -420,8 +420,11 @@ class Scenario(Definition):
         return expected.labs.get(lab, expected)
 
     def belongs_to(self, lab: Lab) -> bool:
-        """Whether it is run on `lab` when all are asked for: about a container where there is an engine, or neither."""
-        return (self.subject.container is not None) is (lab.engine is not None)
+        """Whether it is run on `lab` when all are asked for: about a container where there is an engine, or neither; and
+        about a service that the lab has."""
+        about_containers = self.subject.container is not None
+        has_service = self.subject.service is None or self.subject.service in lab.services
+        return about_containers is (lab.engine is not None) and has_service
 
     def subject_name(self, framework: Framework) -> str:
         """The domain or profile in which the subject must be found under `framework`."""

@@ -21,6 +21,7 @@ from lsmlab.errors import DamagedError, DefinitionError, DownloadError, HostErro
 from lsmlab.image import build, cloud, seed
 from lsmlab.lab import CloudImage, Lab
 from lsmlab.progress import Silent
+from lsmlab.run import cases, chosen
 from standin import UBUNTU, Signer, served
 
 CONTENT = b"\0" * 510 + b"\x55\xaa" + b"\0" * 512
@@ -254,6 +255,14 @@ def test_set_ups_use_the_distributions_own_names() -> None:
     assert fedora.named("/srv/www-data.txt") == "/srv/www-data.txt"
     assert fedora.named("/etc/nginx/sites-enabled/default") == "/etc/nginx/conf.d/lsmlab.conf"
     assert discovery.load_lab("debian-13").named("www-data") == "www-data"
+
+
+def test_of_the_library_what_the_lab_has_services_for_is_run() -> None:
+    found = discovery.load_scenarios(discovery.scenarios().ids)
+    taken = chosen(found, discovery.load_lab("fedora-44"))
+    assert {s.subject.service for s in taken} == {"nginx", None}
+    assert 40 <= len(taken) < len(found)
+    assert cases(taken, discovery.load_lab("fedora-44"))
 
 
 def test_an_image_that_nothing_vouches_for_is_refused(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def run_command(
     store = Store()
     store.count()  # a store that cannot be used is said now, not after the run
     if len(taken) < len(found):
-        why = "are not about containers" if machine.engine else "are about containers, and it has no engine"
+        why = "are not about containers" if machine.engine else "are about containers or services that it has not"
         say(f"lab {machine.id}: {len(found) - len(taken)} scenarios {why}: left out")
     try:
         with progress_shown(quiet) as progress:
