@@ -138,8 +138,7 @@ def missing_programs(*, build_image: bool = True) -> list[str]:
 class ScenarioFile(pytest.File):
     """One scenario file: one item for each framework that the scenario speaks of and the lab has.
 
-    None where it does not belong to the lab: it is about a container or a service that the lab has not, or about none and
-    the lab is there for containers.
+    None where it does not belong to the lab; see `Scenario.belongs_to`.
     """
 
     def collect(self) -> Iterator[ScenarioItem]:

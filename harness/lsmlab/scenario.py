@@ -420,10 +420,12 @@ class Scenario(Definition):
         return expected.labs.get(lab, expected)
 
     def belongs_to(self, lab: Lab) -> bool:
-        """Whether it is run on `lab` when all are asked for: about a container where there is an engine, or neither; and
-        about a service that the lab has."""
+        """Whether it is run on `lab` when all are asked for: about a container where there is an engine, or neither.
+
+        A downloaded lab has few services, and is not asked for others. Elsewhere such a name is a fault, and is said.
+        """
         about_containers = self.subject.container is not None
-        has_service = self.subject.service is None or self.subject.service in lab.services
+        has_service = self.subject.service in {None, *lab.services} or lab.cloud_image is None
         return about_containers is (lab.engine is not None) and has_service
 
     def subject_name(self, framework: Framework) -> str:
