@@ -307,7 +307,7 @@ def test_every_target_of_make_is_there(page: str) -> None:
 def test_every_marker_is_registered(pytestconfig: pytest.Config) -> None:
     asked = {m[2] for line in code(PAGES["CONTRIBUTING.md"]) for m in re.finditer(r"-m (\"?)([^\"]+)\1", line)}
     named = {word for words in asked for word in words.split()} - {"and", "or", "not"}
-    assert named == {"ssh", "slow"}
+    assert named == {"container", "ssh", "slow"}
     assert named <= {line.partition(":")[0] for line in pytestconfig.getini("markers")}
 
 
