@@ -159,17 +159,24 @@ def over_ssh_in_a_guest(folder: Path) -> Iterator[Opener]:
     access = Access("root", folder / "key", folder / "known")
     with open_bench(discovery.load_lab("debian-13"), Silent()) as bench:
         made_of = dataclasses.replace(bench.hardware, network=Network.OURS)
-        boot = Boot(
-            bench.image.kernel, bench.image.initrd, states.command_line(bench.lab, bench.image, Kernel.NONE)
-        )  # fmt: skip
+        boot = Boot(bench.image.kernel, bench.image.initrd, states.command_line(bench.lab, bench.image, Kernel.NONE))
+        disk, ram = folder / "disk.qcow2", folder / "ram"
+        first = QemuMachine.start(
+            "over-ssh", made_of, bench.image.disk, boot=boot, scratch=folder, keep_overlay=disk, timeout=300
+        )
+        try:
+            let_in = ["sh", "-c", LET_IN, "sh", machine_key.private]
+            first.channel.run(let_in, stdin=f"{user.public}\n".encode()).check()
+            first.save(ram)
+        finally:
+            first.stop()
 
         @contextlib.contextmanager
         def opened() -> Iterator[Guest]:
-            machine = QemuMachine.start("over-ssh", made_of, bench.image.disk, boot=boot, scratch=folder, timeout=300)
+            machine = QemuMachine.start(
+                "over-ssh", made_of, disk, below=bench.image.disk, incoming=ram, scratch=folder, access=access
+            )
             try:
-                let_in = ["sh", "-c", LET_IN, "sh", machine_key.private]
-                machine.channel.run(let_in, stdin=f"{user.public}\n".encode()).check()
-                machine.use_ssh(access, 60)
                 yield Guest(machine, "/root/contract", "/dev/console")
             finally:
                 machine.stop()

@@ -14,7 +14,7 @@ from command import lsmlab
 import standin
 from standin import FEDORA, UBUNTU, Shape, Signer
 
-pytestmark = [pytest.mark.lsmlab_vm, pytest.mark.cloud]
+pytestmark = [pytest.mark.lsmlab_vm, pytest.mark.cloud, pytest.mark.slow]
 
 BLOCKED = {"apparmor": ('apparmor="DENIED"', 'name="/etc/shadow"'), "selinux": ("avc:  denied", "httpd_t", "shadow_t")}
 
