@@ -25,6 +25,7 @@ from lsmlab.guest import agent
 from lsmlab.image import debian
 from lsmlab.image.build import Image
 from lsmlab.lab import Lab
+from lsmlab.machine import states
 from lsmlab.outcome import Environment
 from lsmlab.progress import Progress, Silent
 from lsmlab.terms import Kernel
@@ -109,6 +110,8 @@ class FakeMachine:
     def running(self) -> bool:
         """False once it was stopped."""
         return self._channel.open
+
+    stays = False
 
     def snapshot(self, name: str) -> None:
         """See `Machine.snapshot`."""
@@ -221,6 +224,7 @@ class ScriptedMachine:
     def __init__(self, channel: ScriptedChannel, state: dict[str, Any] | None = None) -> None:
         self.channel = channel
         self.running = True
+        self.stays = False
         self._state = state if state is not None else {}
         self._kept: dict[str, dict[str, Any]] = {}
 
@@ -301,6 +305,15 @@ class FakeBench:
         self._alive: set[ScriptedMachine | FakeMachine] = set()
         self._closed = threading.Event()
         self._lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """See `Workbench.name`."""
+        return self.lab.id
+
+    def command_line(self, kernel: Kernel) -> str:
+        """See `Workbench.command_line`."""
+        return states.command_line(self.lab, self.image, kernel)
 
     @property
     def as_bench(self) -> Bench:

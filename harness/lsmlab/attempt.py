@@ -27,6 +27,8 @@ KEPT_OUTPUT = 64 << 10
 ENGINE_SECONDS = 45
 """What a container engine may take besides, to start a command: one second under emulation, ten on a busy machine."""
 AUDIT_LOG = "audit log"
+REFUSALS = "Permission denied|Operation not permitted"
+"""strerror(3) of EACCES and EPERM in the C locale, which the guests use."""
 
 
 class Observation(Strict):
@@ -56,6 +58,8 @@ class Observation(Strict):
     source: facts.SourceReading
     log: str
     """The audit log's lines from the window's opening to the sentinel."""
+    withheld: int = 0
+    """Bytes of output and errors that stayed on the machine: of one that is kept, only canaries come."""
     auid: int | None
     """The audit user id that marks every process of a `run` attempt; None for http."""
 
@@ -115,6 +119,7 @@ class Ended(Strict):
     timed_out: bool
     too_much: bool
     seconds: float = Field(ge=0, le=1e6, allow_inf_nan=False)
+    withheld: int = Field(default=0, ge=0)
 
     def check(self, what: str, *, command: bool) -> Ended:
         """Itself, where it can be what it says. Raises ChannelError."""
@@ -165,10 +170,19 @@ def close_window(channel: Channel, unit: str, opened: facts.AuditState) -> tuple
     return read_window(facts.read(Closed, answer), opened, sentinel)
 
 
-def make(channel: Channel, spec: Attempt, unit: str, opened: Opened, container: Running | None = None) -> Observation:
+def make(
+    channel: Channel,
+    spec: Attempt,
+    unit: str,
+    opened: Opened,
+    container: Running | None = None,
+    *,
+    withhold: bool = False,
+) -> Observation:
     """Do `spec` once, a command in `container` where there is one. Side effects are the attempt's own, the canary's
     line and an audit record.
 
+    `withhold`: of the output only what the verdict is made of is to leave the machine (guest/canaries.py does it).
     Raises ChannelError where the guest does not answer or answers nonsense, and EngineError.
     """
     word, sentinel = fresh_word(), _sentinel()
@@ -183,6 +197,7 @@ def make(channel: Channel, spec: Attempt, unit: str, opened: Opened, container: 
         effect=list(effect.run) if effect else None,
         **(inside.action if inside else _action(spec, opened.subject, auid)),
         close=closing,
+        **({"keep": _foreseen(spec, word)} if withhold else {}),
     )
     made = facts.read(Made, answer)
     if inside is not None:
@@ -213,7 +228,15 @@ def make(channel: Channel, spec: Attempt, unit: str, opened: Opened, container: 
         source=source,
         log=log,
         auid=auid,
+        withheld=made.result.withheld,
     )
+
+
+def _foreseen(spec: Attempt, word: str) -> dict[str, list[str]]:
+    """The words of an output that a verdict looks for: texts as they are, and patterns."""
+    proof = spec.allowed_if.output
+    texts = [word] + ([] if proof is None else [proof.replace(CANARY, word)])
+    return {"texts": texts, "patterns": [REFUSALS, *(b.output for b in spec.blocked_if if b.output is not None)]}
 
 
 class _Inside:

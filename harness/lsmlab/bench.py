@@ -9,8 +9,10 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from lsmlab import __version__, cache, host, inventory, paths
 from lsmlab.definition import digest_of
@@ -20,6 +22,7 @@ from lsmlab.image.build import Image
 from lsmlab.lab import Lab
 from lsmlab.machine import accel, qemu, states
 from lsmlab.machine.accel import Acceleration
+from lsmlab.machine.base import Machine
 from lsmlab.machine.hardware import Hardware, Network
 from lsmlab.machine.qemu import QEMU, QemuMachine
 from lsmlab.machine.states import SavedState
@@ -70,6 +73,52 @@ def _available_mib() -> int:
     return 0
 
 
+class Workbench(Protocol):
+    """What an experiment needs: a lab, and its machines one after the other or side by side."""
+
+    @property
+    def name(self) -> str:
+        """What an outcome calls the lab."""
+        ...
+
+    @property
+    def lab(self) -> Lab:
+        """What it is made of, and what its services are called; its id is the one whose expectations count."""
+        ...
+
+    @property
+    def image(self) -> Image | None:
+        """The disk of its guests; None for a machine that was there already."""
+        ...
+
+    @property
+    def progress(self) -> Progress:
+        """Told of each step."""
+        ...
+
+    @property
+    def budget(self) -> Budget:
+        """How many machines there are at once."""
+        ...
+
+    @property
+    def environment(self) -> Environment:
+        """What an outcome says of all this."""
+        ...
+
+    def command_line(self, kernel: Kernel) -> str:
+        """What the kernel is booted with."""
+        ...
+
+    def guest(self, kernel: Kernel, task: str) -> AbstractContextManager[Machine]:
+        """A machine for the length of the block. Raises MachineError."""
+        ...
+
+    def close(self) -> None:
+        """Let no further machine start: the program was asked to stop."""
+        ...
+
+
 class Bench:
     """One lab, ready. Guests start from saved states, which are made on first use, each once."""
 
@@ -104,6 +153,15 @@ class Bench:
         self._uses = {kernel: uses.enter_context(contextlib.ExitStack()) for kernel in Kernel}
         self._closed = threading.Event()
         self.budget = budget
+
+    @property
+    def name(self) -> str:
+        """See `Workbench.name`."""
+        return self.lab.id
+
+    def command_line(self, kernel: Kernel) -> str:
+        """See `Workbench.command_line`."""
+        return states.command_line(self.lab, self.image, kernel)
 
     def close(self) -> None:
         """Let no further guest start, boots included: the program was asked to stop."""
@@ -230,7 +288,7 @@ def _take_place(number: int, held: contextlib.ExitStack) -> bool:
 
 
 @contextlib.contextmanager
-def guest_pool(bench: Bench, name: str) -> Iterator[concurrent.futures.ThreadPoolExecutor]:
+def guest_pool(bench: Workbench, name: str) -> Iterator[concurrent.futures.ThreadPoolExecutor]:
     """Threads called `name`, as many as `bench` may have guests at once.
 
     Where the block is left by an exception, an interruption too, no further guest starts, and guests and programs of

@@ -47,6 +47,11 @@ class Environment(Strict):
     qemu: str
     accelerator: str
     memory_mib: int
+    machine: str = ""
+    """A machine that was there already, as it was reached and what it is; then image, QEMU and memory say nothing.
+    Empty: a guest of lsmlab's own."""
+    isolation: str = "snapshots"
+    """What keeps attempts apart."""
 
 
 class Falsification(Strict):

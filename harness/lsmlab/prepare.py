@@ -78,9 +78,9 @@ def _unit_of(scenario: Scenario, lab: Lab) -> str:
     return SLICE
 
 
-def set_up(channel: Channel, arm: Arm, plan: Plan, image: Image) -> bool:
+def set_up(channel: Channel, arm: Arm, plan: Plan, image: Image | None) -> bool:
     """Do what both arms of a framework share: load the policy, do the steps in the mode that the guest booted in, and
-    stop the service.
+    stop the service. `image`: None for a machine that was made from none.
 
     True where the service is to be started in the arm's mode: one that the set-up stopped stays stopped.
     Raises SetupError, PolicyError, FrameworkError, ChannelError.
@@ -109,7 +109,7 @@ def enter(channel: Channel, arm: Arm, plan: Plan, *, start: bool) -> Prepared:
         running = _start_container(channel, arm, plan.container)
         started = True
     elif arm.unconfined:
-        driver.unconfine(channel, _program(channel, plan.unit))
+        driver.unconfine(channel, program_of(channel, plan.unit))
     if start and running is None:
         started, denials = _start(channel, plan.unit)
     if started:
@@ -126,12 +126,12 @@ def _start_container(channel: Channel, arm: Arm, container: Container) -> Runnin
     return engine.start(container, arm, name="subject", unconfined=arm.unconfined, group=SLICE)
 
 
-def bring_into(channel: Channel, arm: Arm, plan: Plan, image: Image) -> Prepared:
+def bring_into(channel: Channel, arm: Arm, plan: Plan, image: Image | None) -> Prepared:
     """Prepare the guest behind `channel` for `arm`. Raises as `set_up`."""
     return enter(channel, arm, plan, start=set_up(channel, arm, plan, image))
 
 
-def _program(channel: Channel, unit: str) -> str:
+def program_of(channel: Channel, unit: str) -> str:
     """The file that systemd executes to start the unit. Raises SetupError."""
     shown = channel.run(["systemctl", "show", "--property=ExecStart", "--value", unit]).check().out
     found = re.match(r"\{ path=(/\S+) ;", shown)

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 from lsmlab import attempt, dac, prepare, verdict
 from lsmlab.attempt import Observation
-from lsmlab.bench import Bench, guest_pool
+from lsmlab.bench import Workbench, guest_pool
 from lsmlab.errors import DefinitionError, LsmlabError
 from lsmlab.lab import Lab
-from lsmlab.machine import states
-from lsmlab.machine.qemu import QemuMachine
+from lsmlab.machine.base import Machine
 from lsmlab.outcome import ArmRecord, AttemptRecord, Outcome
 from lsmlab.scenario import Attempt, Scenario
-from lsmlab.terms import CONTROL, Arm, Framework, Kernel, Result, arms_of
+from lsmlab.terms import CONTROL, Arm, Control, Framework, Kernel, Result, arms_of
 
 SET_UP, READY = "set-up", "ready"
 """The snapshots: what the arms of a kernel start from, and what the attempts of an arm start from."""
@@ -31,14 +30,27 @@ class Case:
 
     scenario: Scenario
     framework: Framework
+    unconfined: bool = False
+    """Where the machine cannot be booted without MAC: the weaker control, whatever the scenario's is."""
+
+    @property
+    def control(self) -> Control:
+        """What the enforcing arm is compared with."""
+        return Control.UNCONFINED if self.unconfined else self.scenario.control
 
     @property
     def arms(self) -> tuple[Arm, ...]:
         """The arms that its verdict rests on, the control first and the enforcing one last."""
-        return arms_of(self.framework, self.scenario.control)
+        return arms_of(self.framework, self.control)
 
 
-def cases(scenarios: Sequence[Scenario], lab: Lab, frameworks: Sequence[Framework] | None = None) -> tuple[Case, ...]:
+def cases(
+    scenarios: Sequence[Scenario],
+    lab: Lab,
+    frameworks: Sequence[Framework] | None = None,
+    *,
+    unconfined: bool = False,
+) -> tuple[Case, ...]:
     """The cases of `scenarios` on `lab`, all frameworks that scenario and lab share, or `frameworks` alone.
 
     Raises DefinitionError where a framework asked for is not the lab's, or the lab lacks a scenario's service.
@@ -50,7 +62,7 @@ def cases(scenarios: Sequence[Scenario], lab: Lab, frameworks: Sequence[Framewor
     wanted = tuple(frameworks or lab.frameworks)
     for scenario in scenarios:
         prepare.plan_of(scenario, lab)
-    return tuple(Case(s, f) for s in scenarios for f in Framework if f in wanted and f in s.expected)
+    return tuple(Case(s, f, unconfined) for s in scenarios for f in Framework if f in wanted and f in s.expected)
 
 
 def chosen(scenarios: Sequence[Scenario], lab: Lab) -> tuple[Scenario, ...]:
@@ -69,7 +81,7 @@ def by_image(lab: Lab, wanted: Sequence[Case]) -> tuple[tuple[Lab, tuple[Case, .
     )
 
 
-def run(bench: Bench, wanted: Sequence[Case]) -> Iterator[Outcome]:
+def run(bench: Workbench, wanted: Sequence[Case]) -> Iterator[Outcome]:
     """Run every case; each outcome as soon as it and those before it are there. Guests die with an interruption.
 
     An arm that breaks is an error in its outcome, never an exception; the other arms go on.
@@ -97,7 +109,7 @@ def _boots(wanted: Sequence[Case]) -> dict[tuple[str, Kernel], tuple[Arm, ...]]:
     return {key: tuple(arms) for key, arms in found.items()}
 
 
-def run_boot(bench: Bench, scenario: Scenario, arms: Sequence[Arm]) -> dict[Arm, ArmRecord]:
+def run_boot(bench: Workbench, scenario: Scenario, arms: Sequence[Arm]) -> dict[Arm, ArmRecord]:
     """All attempts of `scenario` in the arms of one kernel, each from its arm's snapshot. What breaks is recorded.
 
     The set-up is done once, in one guest. Where the guest dies, that arm is an error, and one other guest is started
@@ -113,13 +125,11 @@ def run_boot(bench: Bench, scenario: Scenario, arms: Sequence[Arm]) -> dict[Arm,
     return records
 
 
-def _broken(bench: Bench, arm: Arm, error: str, seconds: float = 0.0) -> ArmRecord:
-    return ArmRecord(
-        arm=arm, command_line=states.command_line(bench.lab, bench.image, arm.kernel), error=error, seconds=seconds
-    )
+def _broken(bench: Workbench, arm: Arm, error: str, seconds: float = 0.0) -> ArmRecord:
+    return ArmRecord(arm=arm, command_line=bench.command_line(arm.kernel), error=error, seconds=seconds)
 
 
-def _run_boot(bench: Bench, scenario: Scenario, arms: Sequence[Arm]) -> dict[Arm, ArmRecord]:
+def _run_boot(bench: Workbench, scenario: Scenario, arms: Sequence[Arm]) -> dict[Arm, ArmRecord]:
     """The records of `arms`, or of the first of them, where the guest dies."""
     kernel, task = arms[0].kernel, f"{scenario.id} {arms[0].kernel}"
     plan = prepare.plan_of(scenario, bench.lab)
@@ -152,7 +162,7 @@ def _run_boot(bench: Bench, scenario: Scenario, arms: Sequence[Arm]) -> dict[Arm
 
 
 def _attempts(
-    bench: Bench, machine: QemuMachine, scenario: Scenario, plan: prepare.Plan, arm: Arm, task: str, *, start: bool
+    bench: Workbench, machine: Machine, scenario: Scenario, plan: prepare.Plan, arm: Arm, task: str, *, start: bool
 ) -> ArmRecord:
     bench.progress.step(task, f"{arm}: mode, service")
     prepared = prepare.enter(machine.channel, arm, plan, start=start)
@@ -164,7 +174,9 @@ def _attempts(
         try:
             if number:
                 machine.restore(READY)
-            seen = attempt.make(machine.channel, spec, plan.unit, opened, prepared.container)
+            if number and machine.stays:  # its log has gone on
+                opened = attempt.open_window(machine.channel, plan.unit, plan.object_path)
+            seen = attempt.make(machine.channel, spec, plan.unit, opened, prepared.container, withhold=machine.stays)
             records.append(judge_attempt(scenario, spec, arm, seen, bench.lab.id))
         except LsmlabError as error:  # what the other attempts proved stays proved
             records.append(_failed(spec, str(error)))
@@ -173,7 +185,7 @@ def _attempts(
     subjects = {scenario.subject_name(f) for f in scenario.expected}
     return ArmRecord(
         arm=arm,
-        command_line=states.command_line(bench.lab, bench.image, arm.kernel),
+        command_line=bench.command_line(arm.kernel),
         service_active=prepared.service_active,
         setup_denials=tuple(d for d in prepared.setup_denials if d.subject_domain in subjects),
         lsm=opened.mode.lsm,
@@ -220,10 +232,10 @@ def judge_attempt(scenario: Scenario, spec: Attempt, arm: Arm, seen: Observation
     )
 
 
-def conclude(bench: Bench, case: Case, arms: dict[Arm, ArmRecord]) -> Outcome:
+def conclude(bench: Workbench, case: Case, arms: dict[Arm, ArmRecord]) -> Outcome:
     """The outcome of one case from the records of its arms."""
     scenario, framework = case.scenario, case.framework
-    conclusion = verdict.conclude(framework, arms, scenario.control)
+    conclusion = verdict.conclude(framework, arms, case.control)
     expectation = scenario.expectation(framework, bench.lab.id)
     return Outcome(
         id=uuid.uuid4().hex[:12],
@@ -232,7 +244,7 @@ def conclude(bench: Bench, case: Case, arms: dict[Arm, ArmRecord]) -> Outcome:
         scenario_digest=scenario.digest(),
         title=scenario.title,
         technique=scenario.technique,
-        lab=bench.lab.id,
+        lab=bench.name,
         framework=framework,
         verdict=conclusion.verdict,
         expected=expectation.verdict,

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from lsmlab import evidence
-from lsmlab.attempt import Observation
+from lsmlab.attempt import REFUSALS, Observation
 from lsmlab.dac import DacExplanation
 from lsmlab.definition import Strict
 from lsmlab.evidence import Denial, Record
@@ -28,8 +28,7 @@ from lsmlab.terms import (
     arms_of,
 )
 
-REFUSED = re.compile(r"Permission denied|Operation not permitted")
-"""strerror(3) of EACCES and EPERM in the C locale, which the guests use."""
+REFUSED = re.compile(REFUSALS)
 SUBJECT_KEY = "lsmlab-subject"
 """The audit key of the exec that starts a `run` attempt's program."""
 FORK_KEY = "lsmlab-fork"

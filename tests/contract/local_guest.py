@@ -52,6 +52,9 @@ def python_3_9() -> str | None:
 class NoMachine:
     """What an agent alone cannot do."""
 
+    running = True
+    stays = False
+
     def snapshot(self, name: str) -> None:
         """See `Machine.snapshot`."""
         raise MachineError(f"no snapshot {name!r}: this is no machine")

@@ -100,6 +100,7 @@ class Nginx:
             (r"apparmor_parser --names ", said("nginx\n")),
             (r"systemctl stop nginx.service$", lambda _: self._now(running=False)),
             (r"systemctl start nginx.service$", lambda _: self._now(running=True)),
+            (r"systemctl show .*ExecStart", said("{ path=/usr/sbin/nginx ; argv[]=nginx ; }\n")),
             (r"usermod ", said()),
         ]
         questions: dict[str, Any] = {
@@ -151,8 +152,9 @@ class Nginx:
             "audit": audit_state(size=audit_state()["size"] + len(log)),
         }  # fmt: skip
 
-    def _attempt(self, close: Any, canary: Any, effect: Any, request: Any) -> dict[str, Any]:
+    def _attempt(self, close: Any, canary: Any, effect: Any, request: Any, keep: Any = None) -> dict[str, Any]:
         assert effect is None
+        assert (keep is not None) is self.machine.stays
         self.state["planted"].append(canary["line"])
         attack = request["path"].endswith("/etc/shadow")
         refused = attack and self.state["enforcing"]
@@ -279,6 +281,36 @@ def whole(found: Outcome, arm: Arm) -> bool:
     results = {name: a.result for name, a in attempts(found.arm(arm)).items()}
     attack = Result.BLOCKED if arm.enforcing else Result.ALLOWED
     return not error_of(found, arm) and results == {"read-shadow": attack, "front-page": Result.ALLOWED}
+
+
+def test_a_machine_that_stays_has_a_window_for_each_attempt_and_keeps_what_leaks(bench_of: BenchOf) -> None:
+    """Its log goes on: another attempt's denial has to lie before the window. And it is told what may leave it."""
+    guests = Guests()
+
+    def make(kernel: Kernel, task: str) -> ScriptedMachine:
+        machine = guests(kernel, task)
+        machine.stays = True
+        return machine
+
+    bench = bench_of(make)
+    (found,) = run.run(bench.as_bench, run.cases([flagship()], bench.lab, [APPARMOR], unconfined=True))
+    assert [arm.arm for arm in found.arms] == [Arm.APPARMOR_UNCONFINED, Arm.APPARMOR_ENFORCE]
+    assert found.verdict is Verdict.CONTAINED, found.reason
+    assert "where the service is not confined" in found.reason
+    (machine,) = guests.by_kernel[Kernel.APPARMOR]
+    done = [line for line in machine.channel.lines if line in {"ask open_window", "ask attempt", f"restore {READY}"}]
+    restored = [f"restore {READY}", "ask open_window", "ask attempt"]
+    assert done == ["ask open_window", "ask attempt", *restored] * 2
+    for asked in machine.channel.asked_for("attempt"):
+        assert len(asked["keep"]["texts"][0]) == 16 and asked["keep"]["texts"][0] in asked["canary"]["line"]
+
+
+def test_a_guest_s_window_is_opened_once_an_arm_and_nothing_is_withheld(bench_of: BenchOf) -> None:
+    guests = Guests()
+    outcomes(bench_of(guests), [flagship()])
+    (machine,) = guests.selinux
+    assert machine.channel.lines.count("ask open_window") == 2
+    assert not any("keep" in asked for asked in machine.channel.asked_for("attempt"))
 
 
 def arm_threads() -> list[str]:

@@ -99,6 +99,19 @@ def test_contained_shows_claim_experiment_and_the_kernels_record() -> None:
     assert "To look further" not in shown
 
 
+def test_of_a_machine_that_stays_the_weaker_control_and_the_isolation_are_said() -> None:
+    there = sample()
+    assert "weaker" not in words(render(text.outcome_summary(there)))
+    kept = there.environment.model_copy(
+        update={"image": "", "machine": "root at web1 port 22: Debian", "isolation": "by undo, verified"}
+    )
+    there = there.model_copy(update={"environment": kept})
+    assert "The control is the weaker one, the service unconfined." in words(render(text.outcome_summary(there)))
+    detail = words(render(text.outcome_detail(there)))
+    assert "root at web1 port 22: Debian" in detail and "by undo, verified" in detail
+    assert "sha256 \n" not in detail
+
+
 def test_apparmors_record_is_whole() -> None:
     outcome = sample(Framework.APPARMOR)
     shown = render(text.outcome_summary(outcome))

@@ -19,7 +19,7 @@ KERNEL = "/sys/kernel/security/apparmor"
 class Apparmor:
     """See `FrameworkDriver`."""
 
-    def load(self, channel: Channel, image: Image, policy: PolicyUnderTest) -> None:
+    def load(self, channel: Channel, image: Image | None, policy: PolicyUnderTest) -> None:
         """Write the profiles into /etc/apparmor.d and have quiet denials audited. `enter` loads them."""
         for profile in policy.apparmor_profiles:
             channel.write_file(f"{FOLDER}/{profile.name}", read_file(profile))

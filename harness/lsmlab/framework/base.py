@@ -27,7 +27,7 @@ class PolicyUnderTest:
 class FrameworkDriver(Protocol):
     """One framework in a guest. Every method raises FrameworkError, PolicyError or ChannelError."""
 
-    def load(self, channel: Channel, image: Image, policy: PolicyUnderTest) -> None:
+    def load(self, channel: Channel, image: Image | None, policy: PolicyUnderTest) -> None:
         """Put `policy` into the running kernel. Compiling happens on the host, beforehand where that is possible."""
         ...
 

@@ -11,7 +11,7 @@ from lsmlab.terms import Arm
 class NoFramework:
     """See `FrameworkDriver`."""
 
-    def load(self, channel: Channel, image: Image, policy: PolicyUnderTest) -> None:
+    def load(self, channel: Channel, image: Image | None, policy: PolicyUnderTest) -> None:
         """Nothing to load."""
 
     def enter(self, channel: Channel, arm: Arm, policy: PolicyUnderTest) -> None:

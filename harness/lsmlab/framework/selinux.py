@@ -23,11 +23,13 @@ FILE_CONTEXTS = "/etc/selinux/default/contexts/files/file_contexts"
 class Selinux:
     """See `FrameworkDriver`."""
 
-    def load(self, channel: Channel, image: Image, policy: PolicyUnderTest) -> None:
+    def load(self, channel: Channel, image: Image | None, policy: PolicyUnderTest) -> None:
         """Compile the modules, natively where the image has its tree here, and load the result; set the booleans."""
-        if policy.selinux_modules and image.policy_tree is None:
+        if policy.selinux_modules and image is None:
+            raise PolicyError("SELinux modules are compiled with an image's tools, and this machine has no image")
+        if policy.selinux_modules and image is not None and image.policy_tree is None:
             self._compile_there(channel, policy.selinux_modules)
-        elif policy.selinux_modules:
+        elif policy.selinux_modules and image is not None:
             compiled = native.compile_modules(image.need_policy_tree(), image.digest, policy.selinux_modules)
             found = channel.run(["sh", "-c", "ls -v /etc/selinux/default/policy/policy.* | tail -n 1"]).check()
             channel.write_file(found.out.strip(), compiled.policy)

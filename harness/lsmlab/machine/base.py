@@ -15,6 +15,17 @@ class Machine(Protocol):
         """The way into the guest, as root."""
         ...
 
+    @property
+    def running(self) -> bool:
+        """False once it has ended, or is lost."""
+        ...
+
+    @property
+    def stays(self) -> bool:
+        """True for a machine that was there before and is kept: a restore puts back what was changed, and takes neither
+        its logs nor its processes back in time; and what a service gives away does not leave it."""
+        ...
+
     def snapshot(self, name: str) -> None:
         """Keep the whole state, memory and disk, under `name`. Raises MachineError."""
         ...

@@ -280,6 +280,11 @@ class QemuMachine:
         if answer.strip():
             raise MachineError(f"guest {self.name}: {line}: {answer.strip()}")
 
+    @property
+    def stays(self) -> bool:
+        """See `Machine.stays`: its disk is thrown away."""
+        return False
+
     def snapshot(self, name: str) -> None:
         """See `Machine.snapshot`."""
         self._human(f"savevm {name}")

@@ -75,10 +75,11 @@ def outcome_detail(outcome: Outcome, number: int | None = None) -> RenderableTyp
         ("scenario", f"sha256 {outcome.scenario_digest}"),
         ("technique", outcome.technique),
         ("lsmlab", env.lsmlab),
-        ("image", f"sha256 {env.image}"),
+        ("image", f"sha256 {env.image}" if env.image else ""),
         ("kernel", env.kernel),
         ("packages", "\n".join(f"{name} {version}" for name, version in sorted(env.packages.items()))),
-        ("machine", f"{env.qemu}, accelerator {env.accelerator}, {env.memory_mib} MiB"),
+        ("machine", env.machine or f"{env.qemu}, accelerator {env.accelerator}, {env.memory_mib} MiB"),
+        ("isolation", env.isolation if env.machine else ""),
     )
     arms = [part for arm in outcome.arms for part in _arm_detail(arm)]
     return Block(Group(outcome_summary(outcome, number), about, Text(), *arms))
@@ -209,7 +210,11 @@ def _heading(outcome: Outcome, number: int | None) -> list[Text]:
     first = Text.assemble(
         (outcome.verdict + agreement, f"bold {_verdict_style(outcome)}"), ": ", (_line(outcome.title), "bold")
     )
-    return [first, Text(_where(outcome) + (f", outcome {number}" if number is not None else ""), style="dim")]
+    lines = [first, Text(_where(outcome) + (f", outcome {number}" if number is not None else ""), style="dim")]
+    if outcome.environment.machine:
+        isolation = _line(outcome.environment.isolation)
+        lines.append(Text(f"The control is the weaker one, the service unconfined. Attempts kept apart {isolation}."))
+    return lines
 
 
 def _verdict_style(outcome: Outcome) -> str:
@@ -381,6 +386,7 @@ def _attempt_detail(seen: AttemptRecord) -> Table:
         pairs += [
             ("output", "\n".join(_some(clean(look.output).splitlines(), SHOWN_LINES))),
             ("errors", "\n".join(_some(clean(look.errors).splitlines(), SHOWN_LINES))),
+            ("withheld", f"{look.withheld} bytes, which stayed on the machine" if look.withheld else ""),
         ]
     return facts(*pairs)
 
