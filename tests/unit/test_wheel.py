@@ -53,6 +53,10 @@ def test_it_lists_every_lab_and_scenario_of_the_repository(installed: Path, tmp_
 def test_it_carries_what_goes_into_guests_and_images(installed: Path) -> None:
     for name in (
         "guest/agent.py",
+        "guest/files.py",
+        "guest/kernel.py",
+        "guest/undo.py",
+        "guest/canaries.py",
         "image/prepare.sh",
         "image/overlay/etc/audit/rules.d/audit.rules",
         "image/overlay/etc/systemd/system/lsmlab-agent.service",

@@ -32,9 +32,9 @@ carries 16 MiB of output and of errors, in base64, and 8 MiB of log."""
 READY = b"ready"
 
 
-def agent_source() -> bytes:
-    """The program that runs in the guest."""
-    return resources.files("lsmlab").joinpath("guest", "agent.py").read_bytes()
+def agent_source(part: str = "agent") -> bytes:
+    """The program that runs in the guest, or another part of it."""
+    return resources.files("lsmlab").joinpath("guest", f"{part}.py").read_bytes()
 
 
 def agent_digest() -> str:
@@ -161,8 +161,12 @@ class AgentChannel:
 
     async def _bootstrap(self) -> None:
         # Bytes sent before the guest opens its port wait in the port's buffer
-        self._send(base64.b64encode(agent_source()))
+        self._send(self._program())
         await self._ready.wait()
+
+    def _program(self) -> bytes:
+        """The first line: what runs in the guest."""
+        return base64.b64encode(agent_source())
 
     def _send(self, line: bytes) -> None:
         if self._fault or self._transport is None:

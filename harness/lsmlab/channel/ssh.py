@@ -18,7 +18,7 @@ from pathlib import Path
 import paramiko
 
 from lsmlab.channel import ssh_host
-from lsmlab.channel.agent import AgentChannel
+from lsmlab.channel.agent import AgentChannel, agent_source
 from lsmlab.channel.ssh_host import Place
 from lsmlab.channel.ssh_login import SECONDS, Connection, Login, log_in
 from lsmlab.errors import ChannelError
@@ -53,9 +53,14 @@ while b"\\n" not in kept:
     if not part:
         sys.exit("lsmlab: the agent did not arrive")
     kept += part
-agent = types.ModuleType("agent")
-sys.modules["agent"] = agent
-exec(compile(base64.b64decode(kept), "agent", "exec"), agent.__dict__)
+guest = sys.modules["lsmlab.guest"] = types.ModuleType("lsmlab.guest")
+for part in kept.split():
+    name, text = part.decode().split(":")
+    module = sys.modules["lsmlab.guest." + name] = types.ModuleType("lsmlab.guest." + name)
+    setattr(guest, name, module)
+    exec(compile(base64.b64decode(text), name, "exec"), module.__dict__)
+    guest.agent.OPERATIONS.update(getattr(module, "OPERATIONS", ()))
+agent = guest.agent
 os.write(1, b"\\nready\\n")
 agent.serve(0, 1)
 for thread in os.listdir("/proc/self/task"):
@@ -94,11 +99,12 @@ class Access:
 class SshChannel(AgentChannel):
     """A channel to a machine over SSH. Safe for all threads. See `open_ssh`."""
 
-    def __init__(self, connection: Connection, remote: paramiko.Channel) -> None:
+    def __init__(self, connection: Connection, remote: paramiko.Channel, parts: Sequence[str] = ()) -> None:
         ours, self._theirs = socket.socketpair()
         super().__init__(ours, connection.place.asked)
         self._connection = connection
         self._remote = remote
+        self._parts = ("agent", *parts)
         self._why = ""
         self._errors = bytearray()
         names = ("errors", "answers", "questions")
@@ -114,6 +120,9 @@ class SshChannel(AgentChannel):
     def login(self) -> Login:
         """As whom we are in."""
         return self._connection.login
+
+    def _program(self) -> bytes:
+        return b" ".join(part.encode() + b":" + base64.b64encode(agent_source(part)) for part in self._parts)
 
     def _read_errors(self) -> None:
         while data := self._remote.recv_stderr(1 << 16):
@@ -192,16 +201,18 @@ class SshChannel(AgentChannel):
         self._theirs.close()
 
 
-def open_ssh(name: str) -> SshChannel:
+def open_ssh(name: str, parts: Sequence[str] = ()) -> SshChannel:
     """Log in to the machine that `name` stands for, and start the agent there as root; the caller closes it.
+
+    `parts`: the programs of `guest/` that add to the agent, by name, each after those that it needs.
 
     Raises DefinitionError for what is no name, HostError for what is wrong with this machine's own SSH files, and
     ChannelError that says which step failed and what to do.
     """
-    return open_place(ssh_host.find(name))
+    return open_place(ssh_host.find(name), parts=parts)
 
 
-def open_place(place: Place, *, as_service: bool = False) -> SshChannel:
+def open_place(place: Place, *, parts: Sequence[str] = (), as_service: bool = False) -> SshChannel:
     """The same for a machine that is known already. `as_service`: see AS_SERVICE."""
     connection = log_in(place)
     try:
@@ -209,7 +220,7 @@ def open_place(place: Place, *, as_service: bool = False) -> SshChannel:
     except BaseException:
         connection.close()
         raise
-    channel = SshChannel(connection, remote)
+    channel = SshChannel(connection, remote, parts)
     try:
         channel.connect()
         channel.bootstrap(START_SECONDS)

@@ -1,0 +1,199 @@
+"""What a scenario changes of a machine that is kept, and whether the journal provably covers it. No guest is asked.
+
+Strict and simple: what is not known to be covered is refused, with the reason, before anything is changed.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lsmlab.errors import DefinitionError
+from lsmlab.scenario import Attempt, Scenario, Step
+from lsmlab.terms import AttemptKind, Framework
+
+SCHEME, VAGRANT = "ssh:", "vagrant:"
+AREAS = ("/etc", "/srv", "/var/www", "/opt", "/usr/local", "/home", "/root")
+"""Below these, files are kept and put back. Not elsewhere: logs and data that others write at the same time."""
+OBEYED = (
+    *(
+        f"/etc/{name}"
+        for name in (
+            "apt/", "audit", "binfmt.d", "cron", "crypttab", "dbus", "default/grub", "dnf/", "environment", "fstab",
+            "init", "kernel/", "ld.so", "modprobe.d", "modules", "netplan", "network", "nsswitch", "pam.d", "polkit",
+            "profile", "rc", "resolv", "security", "selinux/", "ssh/", "sudoers", "sysctl", "systemd", "tmpfiles.d",
+            "udev", "xdg/systemd", "yum",
+        )
+    ),
+    "/root/.ssh", "/usr/local/bin", "/usr/local/lib/systemd", "/usr/local/sbin",
+)  # fmt: skip
+"""What the whole machine obeys: written there, it acts beyond what the journal can undo."""
+ALWAYS = ("/etc", "/run/lsmlab-arm")
+"""Kept for every scenario: what a step does by a program lies there."""
+APPARMOR_CACHE = "/var/cache/apparmor"
+PATH_PROGRAMS = frozenset(
+    {"cp", "mv", "ln", "mkdir", "install", "chmod", "chown", "chgrp", "touch", "rm", "rmdir", "setfacl", "chcon",
+     "restorecon"}
+)  # fmt: skip
+"""They change the files that their arguments name, and no others."""
+PATH_OPTIONS = re.compile(
+    r"-[rRfpnvsPaHhL]+|-m|-u|-g|-o|--recursive|--force|--parents|--mode=[0-7]+|--(owner|group)=[a-z-]+"
+)
+"""What has them change no file that they do not name last."""
+UNIT_VERBS = frozenset({"start", "stop", "restart", "enable", "disable"})
+READERS = frozenset({"cat", "head", "tail", "ls", "stat", "id", "wc", "cmp"})
+"""They change nothing."""
+GROUP_CHANGE = re.compile(r"(?:usermod (?:-aG|-a -G|--append --groups) [a-z0-9_,-]+ [a-z0-9_-]+)|groupadd [a-z0-9_-]+")
+PLAIN_PATTERN = re.compile(r"[^\\.*+?\[\]{}^$]*")
+"""A regular expression that matches some words and nothing else: it can show nothing of what leaked."""
+
+
+def host_of(lab: str) -> str | None:
+    """The machine that `--lab ssh:HOST` or `--lab vagrant:NAME` names; None for the name of a lab."""
+    if lab.startswith(SCHEME):
+        return lab.removeprefix(SCHEME)
+    return lab if lab.startswith(VAGRANT) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What is kept aside, and what is said of it."""
+
+    trees: tuple[str, ...]
+    units: tuple[str, ...]
+    profiles: tuple[str, ...]
+    subjects: tuple[str, ...]
+    words: tuple[str, ...]
+
+
+def changes_of(scenario: Scenario, framework: Framework, unit: str, program: str, steps: Sequence[Step]) -> Changes:
+    """What `scenario` changes under one framework, where its service is `unit`, started from the file `program`.
+
+    `steps`: of its set-up and after its start, as they are done there.
+
+    Raises DefinitionError where it does what cannot be undone, or is not known to.
+    """
+    _admit_attempts(scenario)
+    if scenario.subject.service is None:
+        raise _refused(scenario, f"{unit} is a service of its own, and what its program does is not known")
+    if framework is Framework.SELINUX and scenario.selinux.modules:
+        raise _refused(scenario, "it loads SELinux modules, which are compiled with an image's tools")
+    paths: list[str] = []
+    words: list[str] = []
+    for number, step in enumerate(steps, 1):
+        more, said = _step(scenario, number, step, unit)
+        paths += more
+        words.append(said)
+    for attempt in scenario.attempts:
+        if attempt.canary is not None:
+            paths.append(_allowed(scenario, attempt.canary.file))
+            words.append(f"a line is added to {attempt.canary.file}")
+    mac = _mac(scenario, framework, program)
+    if framework is Framework.SELINUX:
+        paths.append(program)
+    else:
+        paths.append(APPARMOR_CACHE)
+    words += [*mac, f"{unit} is stopped and started in each arm, and serves what the steps say meanwhile"]
+    subject = scenario.subject_name(framework)
+    trees = tuple(dict.fromkeys((*ALWAYS, *sorted(paths))))
+    profiles = (subject,) if framework is Framework.APPARMOR else ()
+    return Changes(trees, (unit,), profiles, (subject,), tuple(dict.fromkeys(words)))
+
+
+def all_of(changes: Iterable[Changes]) -> Changes:
+    """What several change together."""
+    found = list(changes)
+
+    def joined(name: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(value for one in found for value in getattr(one, name)))
+
+    return Changes(joined("trees"), joined("units"), joined("profiles"), joined("subjects"), joined("words"))
+
+
+def _refused(scenario: Scenario, why: str) -> DefinitionError:
+    return DefinitionError(
+        f"scenario {scenario.id} is not run on a machine that is kept: {why}",
+        hint=f"Run it in a guest that is thrown away: `lsmlab run {scenario.id}`.",
+    )
+
+
+def _admit_attempts(scenario: Scenario) -> None:
+    for spec in scenario.attempts:
+        why = _against(spec)
+        if why:
+            raise _refused(scenario, f"attempt {spec.id} {why}")
+
+
+def _against(spec: Attempt) -> str:
+    """Why an attempt may change what no journal covers; empty where it only reads."""
+    if spec.changes_mac:
+        return "changes MAC"
+    if spec.allowed_if.effect is not None:
+        return "is proved by an effect, so it changes something"
+    if spec.run is not None and spec.run[0] not in READERS:
+        return f"runs {spec.run[0]}, which is not known to change nothing (known: {', '.join(sorted(READERS))})"
+    if spec.http is not None and (spec.http.method not in {"GET", "HEAD"} or spec.http.body is not None):
+        return f"sends a {spec.http.method}, or a body, by which a service may change things"
+    pattern = next((b.output for b in spec.blocked_if if b.output and not PLAIN_PATTERN.fullmatch(b.output)), None)
+    if pattern is not None:
+        return f"looks for {pattern!r}, which could match what leaked; plain words, and | between them, could not"
+    return "" if spec.kind is AttemptKind.BENIGN or spec.canary is not None else "reads without a canary"
+
+
+def _step(scenario: Scenario, number: int, step: Step, unit: str) -> tuple[list[str], str]:
+    """The trees that a step changes, and how it is said."""
+    if step.write is not None:
+        path = _allowed(scenario, step.write.path)
+        folder = path.rpartition("/")[0]  # with its folder: see prepare.do_steps, which labels it
+        return [path, *([folder] if folder.count("/") > 1 else [])], f"{path} is written"
+    assert step.run is not None
+    name, *rest = step.run
+    line = shlex.join(step.run)
+    said = f"`{line}` is run"
+    operands = [word for word in rest if not word.startswith("-")]
+    options = [word for word in rest if word.startswith("-")]
+    own = {unit, unit.removesuffix(".service")}
+    if name == "systemctl" and len(operands) == 2 and operands[0] in UNIT_VERBS and operands[1] in own and not options:
+        return [], said
+    if name in {"usermod", "groupadd"} and GROUP_CHANGE.fullmatch(line):
+        return [], said
+    if name == "setsebool" and not options and len(operands) == 2:
+        return [], said
+    if name in PATH_PROGRAMS and all(PATH_OPTIONS.fullmatch(option) for option in options):
+        return [_allowed(scenario, path) for path in _targets(scenario, number, name, operands)], said
+    raise _refused(scenario, f"step {number} is {line[:200]!r}, and what that changes is not known to be covered")
+
+
+def _targets(scenario: Scenario, number: int, name: str, operands: Sequence[str]) -> list[str]:
+    """The files that a program of PATH_PROGRAMS changes."""
+    paths = [word for word in operands if "/" in word]
+    if name in {"cp", "ln", "install"}:  # what they take is not changed
+        paths = paths[-1:]
+    if not paths or any(not path.startswith("/") for path in paths):
+        raise _refused(scenario, f"step {number} of {name} names no file by its whole path")
+    return paths
+
+
+def _allowed(scenario: Scenario, path: str) -> str:
+    clean = path.rstrip("/")
+    if any(part in {"", ".", ".."} for part in clean.split("/")[1:]):
+        raise _refused(scenario, f"{path}: a plain path is needed")
+    if not any(clean.startswith(f"{area}/") for area in AREAS):
+        raise _refused(scenario, f"it changes {path}; files are put back below {', '.join(AREAS)} alone")
+    obeyed = next((o for o in OBEYED if f"{clean}/".startswith(o)), None)
+    if obeyed is not None:
+        raise _refused(scenario, f"it changes {path}, which the whole machine obeys")
+    return clean
+
+
+def _mac(scenario: Scenario, framework: Framework, program: str) -> list[str]:
+    """What of MAC is changed, in words."""
+    if framework is Framework.SELINUX:
+        words = [f"for the control, {program} is labelled bin_t, so that the service runs unconfined"]
+        return words + [f"boolean {name} is set" for name in sorted(scenario.selinux.booleans)]
+    names = [f"/etc/apparmor.d/{path.name}" for path in scenario.apparmor.profiles] + list(scenario.apparmor.shipped)
+    return [f"the profiles of {name} are loaded, and for the control none of them is" for name in names] + [
+        "AppArmor logs explicit denials as well"
+    ]

@@ -1,0 +1,369 @@
+"""Undoing on a machine that is kept: a journal of what was, written before anything is changed, and the way back.
+
+Runs on that machine beside the agent, whose operations it adds to. The journal is a folder that root alone may read:
+what the files, the frameworks, auditing and the services were, and the files' contents. A run that is killed leaves it
+there, and `undo` of another connection goes back by it. Nothing of it is left once all is verified to be as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import stat
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lsmlab.guest import agent, files, kernel
+from lsmlab.guest.agent import Refused
+from lsmlab.guest.files import Trees
+
+FOLDER = "/var/lib/lsmlab"
+FORMAT = 1
+PASSES = 4
+"""So often is put back what is not as it was; something else may change it meanwhile."""
+MOST_NAMED = 20
+OWN = frozenset({"journal.json", "journal.json.new", "lock", "objects", "vehicle"})
+"""What is ever in the folder."""
+LOCK_SECONDS = 20
+"""How long an agent may take to end after its connection has."""
+GRACE_SECONDS = 600
+"""What is changed so much later than a run was last at work, somebody else has changed."""
+TRANSIENT = ("/run", "/tmp", "/var/tmp")  # noqa: S108 - folders whose own times are everybody's
+Mark = dict[str, Any]
+
+
+class Journal:
+    """The journal of this machine, held by one agent at a time."""
+
+    def __init__(self, folder: str = "") -> None:
+        self.folder = folder or FOLDER
+        self._lock = -1
+        self._trees = Trees(f"{self.folder}/objects")
+        self._marks: dict[str, Mark] = {}
+        self._about: dict[str, Any] = {}
+        self.auids: set[int] = set()
+        """The audit user ids of all commands that were run as a service."""
+
+    @property
+    def _file(self) -> str:
+        return f"{self.folder}/journal.json"
+
+    def status(self) -> dict[str, str] | None:
+        """Whose journal there is, and since when; None where there is none. Changes nothing."""
+        try:
+            with open(self._file, encoding="ascii") as source:
+                about = json.load(source)
+            return {"who": str(about["who"]), "begun": str(about["begun"])}
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise Refused(f"{self._file}: cannot be read: {error!r:.200}") from None
+
+    def hold(self) -> None:
+        """Make the folder, where there is none, and be the only one that uses it. Raises Refused."""
+        if self._lock >= 0:
+            return
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self.folder, 0o700)
+        there = os.lstat(self.folder)
+        if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.geteuid() or there.st_mode & 0o077:
+            raise Refused(f"{self.folder}: is there, and no folder that root alone may enter")
+        lock = os.open(f"{self.folder}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    os.close(lock)
+                    raise Refused("another run is at work on this machine") from None
+                time.sleep(0.05)
+            else:
+                self._lock = lock
+                return
+
+    def begin(self, who: str, trees: list[str], units: list[str]) -> None:
+        """Keep all that is to be as it is now. Nothing may be changed before this has returned."""
+        self.hold()
+        if self.status() is not None:
+            self._drop()
+            raise Refused("the journal of another run is there")
+        try:
+            self._keep_all(who, trees, units)
+        except BaseException:  # nothing was changed
+            self._leave()
+            raise
+
+    def _keep_all(self, who: str, trees: list[str], units: list[str]) -> None:
+        self._clear()
+        os.mkdir(f"{self.folder}/objects", 0o700)
+        # What is written goes through links, and makes the folders that are missing
+        real = sorted({_topmost_missing(os.path.realpath(path)) for path in trees})
+        trees = [path for path in real if not any(_within(path, other) for other in real)]
+        single = sorted({_standing(path) for path in trees})
+        self._about = {
+            "format": FORMAT, "who": who, "begun": time.strftime("%Y-%m-%d %H:%M:%S"), "trees": trees,
+            "single": [path for path in single if not path.startswith(TRANSIENT)],
+        }  # fmt: skip
+        base = self._look(units, keep=True, policy=True)
+        self._marks = {"": base}
+        text = json.dumps({**self._about, "base": base})
+        _write_durably(self._file, text)
+
+    def _look(self, units: list[str], *, keep: bool = False, policy: bool = False) -> Mark:
+        save = self._save if keep else None
+        return {
+            "files": self._trees.scan(self._about["trees"], self._about["single"], keep=keep),
+            "selinux": kernel.selinux(policy=policy),
+            "apparmor": kernel.apparmor(save),
+            "audit": kernel.audit_rules(),
+            "units": kernel.units(units),
+        }
+
+    def _at_work(self) -> None:
+        """Note, for whoever undoes this, that the run is still at work."""
+        os.utime(f"{self.folder}/lock")
+
+    def _later(self) -> list[str]:
+        """What differs from the journal, and was changed long after the run was last at work."""
+        since = os.stat(f"{self.folder}/lock").st_mtime + GRACE_SECONDS
+        base = self._marks[""]["files"]
+        now = self._trees.scan(self._about["trees"], self._about["single"])
+        wrong = (path for path in base.keys() | now.keys() if base.get(path) != now.get(path))
+        return sorted(path for path in wrong if os.lstat(_there(path)).st_ctime > since)
+
+    def _save(self, data: bytes) -> str:
+        name = hashlib.sha256(data).hexdigest()
+        path = f"{self.folder}/objects/{name}"
+        if not os.path.exists(path):
+            with open(path, "xb") as target:
+                target.write(data)
+        return name
+
+    def _load(self, name: str) -> bytes:
+        with open(f"{self.folder}/objects/{name}", "rb") as source:
+            return source.read()
+
+    def mark(self, name: str) -> None:
+        """Remember how all is now. Raises Refused."""
+        if not name or "" not in self._marks:
+            raise Refused("nothing was begun")
+        self._marks[name] = self._look(list(self._marks[""]["units"]), keep=True)
+        self._at_work()
+
+    def restore(self, name: str) -> list[str]:
+        """Have all be as it was at a mark, and see that it is; what was put back. Raises Refused."""
+        was = self._marks.get(name)
+        if was is None:
+            raise Refused(f"no mark {name!r}")
+        self._end_strays()
+        self._at_work()
+        names = list(was["units"])
+        policy = bool(was["selinux"] and "policy" in was["selinux"])
+        done = [f"{unit} stopped" for unit in kernel.stop_changed(was["units"], kernel.units(names))]
+        for _ in range(PASSES):
+            now = self._look(names, policy=policy)
+            wrong = _differences(was, now)
+            if not wrong:
+                return done
+            done += self._put_back(was, now)
+        raise Refused("not as it was: " + "; ".join(wrong[:MOST_NAMED]))
+
+    def _put_back(self, was: Mark, now: Mark) -> list[str]:
+        done = self._trees.put_back(was["files"], now["files"])
+        if any(path.startswith("/etc/systemd/") for path in done):
+            kernel.program("systemctl", "daemon-reload")
+        if was["selinux"] and now["selinux"]:
+            done += kernel.put_selinux_back(was["selinux"], now["selinux"])
+        if was["apparmor"] and now["apparmor"]:
+            done += kernel.put_apparmor_back(was["apparmor"], now["apparmor"], self._load)
+        done += kernel.put_audit_back(was["audit"], now["audit"])
+        if not kernel.stop_changed(was["units"], now["units"]):
+            done += [f"{unit} started" for unit in kernel.start_again(was["units"], now["units"])]
+        return done
+
+    def _end_strays(self) -> None:
+        """Kill what commands run as a service have left behind."""
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError, ValueError):
+                if int(agent.text_of(f"/proc/{entry}/loginuid")) in self.auids:
+                    os.kill(int(entry), signal.SIGKILL)
+
+    def end(self) -> list[str]:
+        """Go back to the beginning, verify every byte of it, and leave nothing behind; what was put back."""
+        self._trees.forget()
+        done = self.restore("")
+        os.sync()
+        os.unlink(self._file)  # from here on, nothing is to be undone
+        self._leave()
+        return done
+
+    def take_up(self, *, force: bool = False) -> bool:
+        """Read the journal that a killed run has left. False where there is none, and what was begun is removed.
+
+        Refused where somebody has changed what is kept since that run; with `force`, that is put back as well.
+        """
+        if not os.path.isdir(self.folder):
+            return False
+        self.hold()
+        if self.status() is None:
+            self._leave()
+            return False
+        with open(self._file, encoding="ascii") as source:
+            about = json.load(source)
+        if about.get("format") != FORMAT:
+            raise Refused(f"{self._file}: of another version of lsmlab; undo with that one")
+        base = about.pop("base")
+        self._about, self._marks = about, {"": base}
+        later = [] if force else self._later()
+        if later:
+            self._drop()
+            raise Refused(f"changed since that run ended, by somebody else: {', '.join(later[:MOST_NAMED])}")
+        return True
+
+    def _drop(self) -> None:
+        """Let go of the folder, with all that is in it."""
+        os.close(self._lock)
+        self._lock = -1
+        self._marks = {}
+
+    def _leave(self) -> None:
+        """Remove the folder, and let go of it. Raises Refused."""
+        try:
+            self._clear()
+            os.unlink(f"{self.folder}/lock")
+        finally:
+            self._drop()
+        os.rmdir(self.folder)
+
+    def _clear(self) -> None:
+        """Remove all but the lock: what an earlier run began, before it changed anything. Raises Refused."""
+        names = os.listdir(self.folder)
+        strange = next((name for name in names if name not in OWN), None)
+        if strange is not None:
+            raise Refused(f"{self.folder}: holds {strange}, which is none of lsmlab's")
+        for name in names:
+            path = f"{self.folder}/{name}"
+            if os.path.isdir(path):
+                shutil.rmtree(path)
+            elif name != "lock":
+                os.unlink(path)
+
+
+def _there(path: str) -> str:
+    """`path`, or the nearest of the folders to it that is there."""
+    return path if os.path.lexists(path) else _standing(path)
+
+
+def _standing(path: str) -> str:
+    """The nearest folder above `path` that is there: its own time changes with what is in it."""
+    above = os.path.dirname(path)
+    while not os.path.isdir(above):
+        above = os.path.dirname(above)
+    return above
+
+
+def _topmost_missing(path: str) -> str:
+    """`path` where it is there; else the highest of the folders to it that are not."""
+    while not os.path.lexists(path) and not os.path.lexists(os.path.dirname(path)):
+        path = os.path.dirname(path)
+    return path
+
+
+def _within(path: str, other: str) -> bool:
+    """Whether a scan of `other` comes by `path`: on the same file system."""
+    return path.startswith(f"{other.rstrip('/')}/") and _device(path) == _device(other)
+
+
+def _device(path: str) -> int:
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return os.lstat(path).st_dev
+
+
+def _differences(was: Mark, now: Mark) -> list[str]:
+    words = files.differences(was["files"], now["files"])
+    words += kernel.differences(was, now)
+    words += ["the audit rules are others"] if was["audit"] != now["audit"] else []
+    return words + [f"{unit}: another state" for unit in was["units"] if was["units"][unit] != now["units"][unit]]
+
+
+def _write_durably(path: str, text: str) -> None:
+    """Whole or not at all, also where the machine loses its power: with all that was written before."""
+    with open(f"{path}.new", "x", encoding="ascii") as target:
+        target.write(text)
+        target.flush()
+        os.fsync(target.fileno())
+    os.sync()
+    os.rename(f"{path}.new", path)
+    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+# Operations
+
+_journal = Journal()
+
+
+def journal() -> dict[str, str] | None:
+    """Whose journal there is on this machine; None where there is none."""
+    return _journal.status()
+
+
+def begin(who: str, trees: list[str], units: list[str], profiles: list[str], rules: list[list[str]]) -> None:
+    """Write the journal; then have auditing record what evidence needs, by `rules` of auditctl."""
+    used = kernel.users_of(profiles, units)
+    if used:
+        raise Refused(f"{used}, which is no process of {', '.join(units)}: it would lose its confinement")
+    _journal.begin(who, trees, units)
+    try:
+        agent.VEHICLE = f"{_journal.folder}/vehicle"
+        with open(agent.VEHICLE, "xb"):  # what the rule on commands run as a service watches
+            pass
+        kernel.audit_as_needed(rules)
+    except BaseException:
+        _journal.end()
+        raise
+
+
+def mark(name: str) -> None:
+    """Remember how all is now."""
+    _journal.mark(name)
+
+
+def restore(name: str) -> list[str]:
+    """Have all be as it was at a mark."""
+    return _journal.restore(name)
+
+
+def end() -> list[str]:
+    """Undo everything, and leave nothing behind."""
+    return _journal.end()
+
+
+def undo(force: bool = False) -> list[str] | None:
+    """Undo what a killed run has left; None where there is nothing. `force`: what others changed since as well."""
+    return _journal.end() if _journal.take_up(force=force) else None
+
+
+def clock(seconds: float) -> None:
+    """Nothing: this machine's clock is its own, and right."""
+
+
+def remember(auid: int) -> None:
+    """Have what runs under this audit user id be ended before the next restore."""
+    _journal.auids.add(auid)
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    f.__name__: f for f in (journal, begin, mark, restore, end, undo, clock)
+}  # fmt: skip

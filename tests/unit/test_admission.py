@@ -1,0 +1,177 @@
+"""What may be done on a machine that is kept: what is known to be undone, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lsmlab import admission, discovery
+from lsmlab.errors import DefinitionError
+from lsmlab.scenario import Scenario
+from lsmlab.terms import Framework
+
+FLAGSHIP = discovery.load_scenarios(["nginx-reads-shadow"])[0]
+
+
+def changed(**changes: Any) -> Scenario:
+    """The flagship with other keys."""
+    document = FLAGSHIP.model_dump(by_alias=True, exclude_none=True, exclude_defaults=True)
+    return Scenario.model_validate(document | changes, strict=False)
+
+
+def changes(scenario: Scenario, framework: Framework = Framework.SELINUX) -> admission.Changes:
+    steps = (*scenario.setup, *scenario.after_start)
+    return admission.changes_of(scenario, framework, "nginx.service", "/usr/sbin/nginx", steps)
+
+
+def refusal(scenario: Scenario, framework: Framework = Framework.SELINUX) -> str:
+    with pytest.raises(DefinitionError, match="is not run on a machine that is kept") as caught:
+        changes(scenario, framework)
+    assert "lsmlab run nginx-reads-shadow" in caught.value.hint
+    return caught.value.message
+
+
+def test_the_flagship_is_admitted_and_what_it_changes_is_said() -> None:
+    found = changes(FLAGSHIP)
+    assert {"/etc", "/etc/shadow", "/srv/www", "/var/www/html", "/usr/sbin/nginx"} <= set(found.trees)
+    assert (found.units, found.profiles, found.subjects) == (("nginx.service",), (), ("httpd_t",))
+    assert "`usermod --append --groups shadow www-data` is run" in found.words
+    assert "/etc/nginx/sites-enabled/default is written" in found.words
+    assert "a line is added to /etc/shadow" in found.words
+    assert any("/usr/sbin/nginx is labelled bin_t" in word for word in found.words)
+    found = changes(FLAGSHIP, Framework.APPARMOR)
+    assert (found.profiles, found.subjects) == (("nginx",), ("nginx",))
+    assert "/usr/sbin/nginx" not in found.trees
+    assert any("/etc/apparmor.d/nginx.apparmor are loaded" in word for word in found.words)
+
+
+STEPS = {
+    ("sh", "-c", "true"): "step 1 is",
+    ("rm", "-r", "/var/lib/mysql"): "it changes /var/lib/mysql",
+    ("rm", "-r", "/etc/../usr"): "a plain path is needed",
+    ("rm", "-r", "etc/x"): "by its whole path",
+    ("rm", "--target=/usr/x", "/etc/x"): "not known to be covered",
+    ("cp", "-t", "/usr/bin", "/etc/x"): "not known to be covered",
+    ("cp", "--backup", "/etc/x", "/srv/x"): "not known to be covered",
+    ("cp", "/bin/true", "/usr/bin/x"): "it changes /usr/bin/x",
+    ("cp", "/bin/true", "/etc/cron.d/x"): "which the whole machine obeys",
+    ("ln", "-s", "/x", "/etc/systemd/system/x.service"): "which the whole machine obeys",
+    ("touch", "/etc/ssh/sshd_config"): "which the whole machine obeys",
+    ("touch", "/root/.ssh/authorized_keys"): "which the whole machine obeys",
+    ("touch", "/etc"): "it changes /etc;",
+    ("chmod", "0777", "/"): "it changes /;",
+    ("usermod", "--move-home", "--home", "/x", "www-data"): "not known to be covered",
+    ("usermod", "--append", "--groups", "x;y", "www-data"): "not known to be covered",
+    ("systemctl", "start", "cron.service"): "not known to be covered",
+    ("systemctl", "reload", "nginx.service"): "not known to be covered",
+    ("systemctl", "--root=/x", "stop", "nginx.service"): "not known to be covered",
+    ("setsebool", "-P", "x", "on"): "not known to be covered",
+    ("setenforce", "0"): "not known to be covered",
+    ("insmod", "/root/x.ko"): "not known to be covered",
+    ("semodule", "-i", "/root/x.pp"): "not known to be covered",
+}
+GOOD = (
+    ("usermod", "-aG", "shadow", "www-data"), ("groupadd", "readers"), ("setsebool", "httpd_can_network_connect", "on"),
+    ("chmod", "0640", "/srv/www/a"), ("cp", "/bin/true", "/srv/x"), ("mv", "/home/anna/x", "/srv/x"),
+    ("systemctl", "restart", "nginx"), ("rm", "-r", "/opt/shop/data"), ("restorecon", "-R", "/srv/www"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", STEPS, ids=" ".join)
+@pytest.mark.parametrize("when", ["setup", "after_start"])
+def test_a_step_that_is_not_known_to_be_undone_is_refused(command: tuple[str, ...], when: str) -> None:
+    scenario = changed(**{"setup": [], "after_start": [], when: [{"run": list(command)}]})
+    assert STEPS[command] in refusal(scenario)
+
+
+@pytest.mark.parametrize("command", GOOD, ids=" ".join)
+def test_a_step_whose_files_are_kept_is_admitted(command: tuple[str, ...]) -> None:
+    found = changes(changed(setup=[{"run": list(command)}]))
+    paths = [word for word in command if word.startswith(("/srv", "/home", "/opt"))]
+    assert set(paths) <= set(found.trees)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/usr/bin/x", "/var/log/auth.log", "/proc/sys/kernel/x", "/etc/sudoers.d/x", "/etc/ld.so.preload", "/boot/x"],
+)
+def test_a_file_elsewhere_is_not_written_and_gets_no_canary(path: str) -> None:
+    assert path in refusal(changed(setup=[{"write": {"path": path, "content": "x"}}]))
+    attack = FLAGSHIP.attacks[0].model_dump(by_alias=True, exclude_none=True)
+    attack["canary"] = {"file": path, "line": "{canary}"}
+    attack["allowed_if"] = {"output": "{canary}"}
+    others = [a.model_dump(by_alias=True, exclude_none=True) for a in FLAGSHIP.benign]
+    assert path in refusal(changed(attempts=[attack, *others], setup=[]))
+
+
+def attempts(**change: Any) -> list[dict[str, Any]]:
+    first = FLAGSHIP.attacks[0].model_dump(by_alias=True, exclude_none=True)
+    return [{key: value for key, value in (first | change).items() if value is not None}]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"http": {"path": "/", "method": "POST"}}, "sends a POST"),
+        ({"http": {"path": "/", "method": "PUT"}}, "sends a PUT"),
+        ({"http": {"path": "/", "body": "x"}}, "or a body"),
+        ({"blocked_if": [{"output": "denied .* for"}]}, "could match what leaked"),
+        ({"blocked_if": [{"output": "(?s)root"}]}, "could match what leaked"),
+        ({"blocked_if": [{"output": "[a-z]"}]}, "could match what leaked"),
+        (
+            {"canary": None, "allowed_if": {"effect": {"run": ["cat", "/etc/shadow"], "output": "x"}}},
+            "is proved by an effect",
+        ),
+        (
+            {"http": None, "blocked_if": [], "run": ["perl", "-e", "1"], "allowed_if": {"output": "{canary}"}},
+            "runs perl",
+        ),
+    ],
+)
+def test_an_attempt_that_may_change_or_show_more_is_refused(change: dict[str, Any], why: str) -> None:
+    assert why in refusal(changed(attempts=attempts(**change)))
+
+
+def test_plain_words_and_a_reader_are_admitted() -> None:
+    changes(changed(attempts=attempts(blocked_if=[{"output": "refused|not allowed"}])))
+    run = {"http": None, "blocked_if": [], "run": ["cat", "/etc/shadow"], "allowed_if": {"output": "{canary}"}}
+    changes(changed(attempts=attempts(**run)))
+
+
+def test_a_service_of_the_scenario_s_own_and_its_modules_are_refused() -> None:
+    subject = {"unit": "shop.service", "selinux": "httpd_t", "apparmor": "nginx"}
+    assert "not known" in refusal(changed(subject=subject))
+    assert "SELinux modules" in refusal(changed(selinux={"modules": [__file__]}))
+    changes(changed(selinux={"modules": [__file__]}), Framework.APPARMOR)
+
+
+def test_every_scenario_of_the_library_is_admitted_or_refused_with_a_reason() -> None:
+    admitted, reasons = [], {}
+    for scenario in discovery.load_scenarios(discovery.scenarios().ids):
+        for framework in scenario.expected:
+            try:
+                found = changes(scenario, framework)
+            except DefinitionError as error:
+                reasons[scenario.id] = error.message
+            else:
+                admitted.append((scenario.id, framework))
+                assert all(tree.startswith("/") for tree in found.trees)
+    assert all(f"scenario {name} is not run" in reason for name, reason in reasons.items())
+    assert ("nginx-reads-shadow", Framework.SELINUX) in admitted
+    assert not [name for name, _ in admitted if name.startswith(("shop-", "tcpdump-", "cron-"))]
+
+
+@pytest.mark.parametrize(
+    ("lab", "host"),
+    [
+        ("debian-13", None),
+        ("ssh:web1", "web1"),
+        ("ssh:root@web1:22", "root@web1:22"),
+        ("ssh:vagrant:x", "vagrant:x"),
+        ("vagrant:fedora", "vagrant:fedora"),
+        ("sshd", None),
+    ],
+)
+def test_a_machine_is_told_from_a_lab(lab: str, host: str | None) -> None:
+    assert admission.host_of(lab) == host
