@@ -107,6 +107,9 @@ class Lab(Definition):
     engine: Engine | None = None
     """None: no containers here."""
 
+    os_release: dict[str, str] = Field(default_factory=dict)
+    """Lines of /etc/os-release by which a machine over SSH is known to call its services so."""
+
     @model_validator(mode="after")
     def _one_image(self) -> Lab:
         if (self.image is None) == (self.cloud_image is None):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lsmlab.guest import agent
+from lsmlab.guest import agent, canaries, undo
+from lsmlab.machine.ssh import PARTS as PARTS_OVER_SSH
 
 HARNESS = Path(__file__).resolve().parents[2] / "harness"
 PACKAGE = "lsmlab"
@@ -21,8 +22,11 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         # the words, and what stands on nothing
         "lsmlab terms terminal progress portal",
         "errors",
-        # what runs in a guest: it imports nothing of ours, and here it is a text
+        # what runs in a guest: it imports nothing else of ours, and here it is a text
         "guest.agent",
+        "guest.files guest.kernel",
+        "guest.undo",
+        "guest.canaries",
         # files, folders and programs of the host
         "definition paths host",
         "cache",
@@ -52,6 +56,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "image.build",
         "image.archive",
         "machine.states",
+        "admission",
+        "machine.ssh",
         "framework.base",
         "framework.dac framework.selinux framework.apparmor",
         "framework",
@@ -65,6 +71,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "bench",
         "prepare",
         "run trial shell",
+        "ssh_lab",
         "falsify",
         "catalogue",
         "check.findings",
@@ -182,24 +189,36 @@ def test_an_import_that_goes_back_is_told(tmp_path: Path, text: str, wrong: bool
 # The agent in the guest
 
 
-AGENT = HARNESS / PACKAGE / "guest" / "agent.py"
+GUEST = HARNESS / PACKAGE / "guest"
+PARTS = ("agent", *PARTS_OVER_SSH)
 
 
-def test_the_agent_needs_nothing_but_pythons_own_library() -> None:
+@pytest.mark.parametrize("part", PARTS)
+def test_what_runs_in_a_guest_needs_nothing_but_pythons_own_library(part: str) -> None:
     needed = set()
-    for node in ast.walk(ast.parse(AGENT.read_text("utf-8"), feature_version=(3, 9))):
+    for node in ast.walk(ast.parse((GUEST / f"{part}.py").read_text("utf-8"), feature_version=(3, 9))):
         if isinstance(node, ast.Import):
             needed |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
-            needed.add((node.module or "").partition(".")[0])
-    assert {"json", "socket", "subprocess"} <= needed, "nothing was looked at"
+            before = [f"lsmlab.guest.{name}" for name in PARTS[: PARTS.index(part)]]
+            if node.module == "lsmlab.guest":  # the loader has made these already: see channel/ssh.py
+                assert {f"lsmlab.guest.{alias.name}" for alias in node.names} <= set(before)
+            elif node.module not in before:
+                needed.add((node.module or "").partition(".")[0])
+    assert {"os", "typing"} & needed, "nothing was looked at"
     assert not needed - sys.stdlib_module_names
 
 
-def test_the_agent_is_a_text_to_the_harness() -> None:
+def test_what_runs_in_a_guest_is_a_text_to_the_harness() -> None:
+    assert {path.stem for path in GUEST.glob("*.py")} == set(PARTS)
     known = sources(HARNESS)
-    assert not [module for module, path in known.items() for _, name in imports(path, known) if name == "guest.agent"]
+    assert not [
+        (module, name)
+        for module, path in known.items()
+        for _, name in imports(path, known)
+        if name.startswith("guest.") and not module.startswith("guest.")
+    ]
 
 
 def questions(path: Path) -> Iterator[tuple[int, str, set[str]]]:
@@ -211,15 +230,16 @@ def questions(path: Path) -> Iterator[tuple[int, str, set[str]]]:
 
 
 def test_what_the_agent_is_asked_it_knows() -> None:
+    known = undo.OPERATIONS | canaries.OPERATIONS | agent.OPERATIONS
     asked = set()
     for path in [*sources(HARNESS).values(), *sorted((HARNESS.parent / "scripts").glob("*.py"))]:
         for line, operation, names in questions(path):
             where = f"{path}:{line}: {operation}"
-            assert operation in agent.OPERATIONS, where
-            taken = inspect.signature(agent.OPERATIONS[operation]).parameters
+            assert operation in known, where
+            taken = inspect.signature(known[operation]).parameters
             assert names - {"within"} <= set(taken), where
             asked.add(operation)
-    assert asked == set(agent.OPERATIONS), "operations that nobody asks for"
+    assert asked == set(known), "operations that nobody asks for"
 
 
 def speech(tree: ast.Module) -> Iterator[tuple[int, str]]:

@@ -1,59 +1,26 @@
-"""`lsmlab doctor --ssh` against OpenSSH in a real guest: what it says is so, and it leaves nothing behind.
-
-The guest has no network: its console, made raw, carries the bytes between a port of the tests and its own port 22.
-"""
+"""`lsmlab doctor --ssh` against OpenSSH in a real guest: what it says is so, and it leaves nothing behind."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import socket
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import paramiko
 import pytest
 from command import lsmlab
+from ssh_relay import reached
 
 from lsmlab import discovery
 from lsmlab.bench import Bench, open_bench
 from lsmlab.channel.base import Channel
-from lsmlab.machine.qemu import QemuMachine
 from lsmlab.progress import Silent
 from lsmlab.terms import Kernel
 from real_vagrant import real_vagrant
 
 pytestmark = [pytest.mark.lsmlab_vm, pytest.mark.ssh]
 
-RELAY = """
-import os, socket, threading, tty
-console = os.open("/dev/hvc0", os.O_RDWR | os.O_NOCTTY)
-tty.setraw(console)
-link = socket.create_connection(("127.0.0.1", 22))
-os.write(console, b"!")
-def out():
-    while data := link.recv(4096):
-        while data:
-            data = data[os.write(console, data):]
-threading.Thread(target=out, daemon=True).start()
-while data := os.read(console, 4096):
-    link.sendall(data)
-"""
-PREPARE = """
-set -e
-systemctl unmask --quiet ssh.service
-ssh-keygen -A
-mkdir -p -m 700 /root/.ssh
-cat > /root/.ssh/authorized_keys
-useradd --non-unique --uid 0 --home-dir /root vagrant # Vagrant's user, who may be root without sudo, which is not here
-if [ -e /sys/fs/selinux/enforce ]; then restorecon -RF /etc/ssh /root/.ssh; fi
-systemctl start ssh.service
-touch /run/before
-until [ /run/after -nt /run/before ]; do touch /run/after; done # a file's time is that of the kernel's last tick
-"""
 CHANGED = "find / -xdev -newer /run/before ! -type d -not -path '/var/log/*' -print; echo end"
 
 
@@ -61,45 +28,6 @@ CHANGED = "find / -xdev -newer /run/before ! -type d -not -path '/var/log/*' -pr
 def bench() -> Iterator[Bench]:
     with open_bench(discovery.load_lab("debian-13"), Silent()) as opened:
         yield opened
-
-
-@contextlib.contextmanager
-def reached(machine: QemuMachine, home: Path) -> Iterator[int]:
-    """The port of this machine at which the guest's sshd answers, to who has `home`'s key and knows the guest's."""
-    channel = machine.channel
-    own = paramiko.ECDSAKey.generate()
-    (home / ".ssh").mkdir(mode=0o700)
-    own.write_private_key_file(str(home / ".ssh" / "id_ecdsa"))
-    public = f"{own.get_name()} {own.get_base64()}\n".encode()
-    channel.run(["sh", "-c", PREPARE], stdin=public, timeout=120).check()
-    channel.run(["systemd-run", "--quiet", "python3", "-c", RELAY], timeout=60).check()
-    console = machine.terminal_socket
-    assert console is not None
-    console.settimeout(60)
-    while console.recv(1) != b"!":
-        pass
-    console.settimeout(None)
-    host_key = channel.run(["cat", "/etc/ssh/ssh_host_ed25519_key.pub"]).check().out
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        (home / ".ssh" / "known_hosts").write_text(f"[127.0.0.1]:{port} {host_key}")
-        threading.Thread(target=carry, args=(listener, console), daemon=True).start()
-        yield port
-
-
-def carry(listener: socket.socket, console: socket.socket) -> None:
-    """One connection, both ways, until it ends."""
-    with contextlib.suppress(OSError), listener.accept()[0] as link:
-        back = threading.Thread(target=pump, args=(console, link), daemon=True)
-        back.start()
-        pump(link, console)
-
-
-def pump(source: socket.socket, target: socket.socket) -> None:
-    """Pass on what comes until there is no more."""
-    with contextlib.suppress(OSError):
-        while data := source.recv(4096):
-            target.sendall(data)
 
 
 def survey(name: str, home: Path, more: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ import typer
 
 from lsmlab import discovery, run, trial
 from lsmlab import falsify as falsification
+from lsmlab.admission import host_of
 from lsmlab.bench import open_bench
 from lsmlab.cli.base import (
     AS_EXPECTED,
@@ -33,6 +35,7 @@ from lsmlab.cli.base import (
     frameworks_of,
     image_of,
     known,
+    lab_names,
     need_arm,
     progress_shown,
     say,
@@ -45,14 +48,23 @@ from lsmlab.lab import Lab
 from lsmlab.outcome import Outcome, Report
 from lsmlab.progress import Progress
 from lsmlab.report import text, trials
+from lsmlab.scenario import Scenario
 from lsmlab.store import Store
-from lsmlab.terms import Verdict
+from lsmlab.terms import Framework, Verdict
 
 
 @app.command("run", epilog=EPILOG)
 def run_command(
     scenarios: ScenariosArgument = None,
-    lab: LabOption = discovery.DEFAULT_LAB,
+    lab: Annotated[
+        str,
+        typer.Option(
+            "--lab",
+            "-l",
+            autocompletion=lab_names,
+            help="The kind of machine, see `lsmlab labs`; or one that is there: ssh:HOST, vagrant:NAME.",
+        ),
+    ] = discovery.DEFAULT_LAB,
     framework: Annotated[
         list[str] | None, typer.Option("--framework", "-f", help="selinux or apparmor; may be given twice.")
     ] = None,
@@ -63,12 +75,20 @@ def run_command(
     falsify: Annotated[
         bool, typer.Option("--falsify", help="See whether each CONTAINED could have come out otherwise.")
     ] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Let a machine that is there be changed; all is undone afterwards.")
+    ] = False,
+    names: Annotated[
+        str | None,
+        typer.Option("--names", metavar="LAB", help="The lab whose names of services hold on a machine that is there."),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Run scenarios and say what DAC permits and MAC blocks.
 
     Nothing named: every scenario below ./scenarios, or lsmlab's own where there are none. Every outcome is kept:
-    `lsmlab show` lists them.
+    `lsmlab show` lists them. On a machine that is there already (ssh:HOST, spelled as for `doctor --ssh`) the control
+    is the same service unconfined, and only scenarios run whose changes are known to be undone.
 
     Examples:
 
@@ -81,28 +101,28 @@ def run_command(
         lsmlab run nginx-reads-shadow --falsify
 
         lsmlab run nginx-reads-shadow --lab fedora-44
+
+        lsmlab run nginx-reads-shadow --lab ssh:admin@web1.example.org --allow-changes
     """
     see_json_target(json_file)
     accelerator_of(accel)
-    machine = discovery.load_lab(lab)
-    file = image_of(machine, image)
-    found = discovery.load_scenarios(scenarios or ())
-    taken = run.chosen(found, machine)
-    wanted = run.cases(taken, machine, frameworks_of(framework))
-    if not wanted:
-        say("nothing to run: no scenario has an expectation for the frameworks asked for")
-        raise typer.Exit(NOTHING)
+    found, limits = discovery.load_scenarios(scenarios or ()), frameworks_of(framework)
+    host = host_of(lab)
+    if host is None and (allow_changes or names):
+        raise DefinitionError("--allow-changes and --names are for a machine that is there already: `--lab ssh:HOST`")
+    if host is not None and (falsify or image):
+        raise DefinitionError("--falsify and --image are for guests that are thrown away, not for --lab ssh:HOST")
+    experiment = (
+        _on_guests(lab, found, limits, image, accelerator=accelerator_of(accel), guests=guests, falsify=falsify)
+        if host is None
+        else functools.partial(_outcomes_there, host, found, limits, names, allow_changes)
+    )
     screen, start, outcomes = console(), time.monotonic(), list[Outcome]()
     store = Store()
     store.count()  # a store that cannot be used is said now, not after the run
-    if len(taken) < len(found):
-        why = "are not about containers" if machine.engine else "are about containers or services that it has not"
-        say(f"lab {machine.id}: {len(found) - len(taken)} scenarios {why}: left out")
     try:
         with progress_shown(quiet) as progress:
-            for outcome in _outcomes(
-                machine, wanted, progress, accelerator=accelerator_of(accel), guests=guests, falsify=falsify, image=file
-            ):
+            for outcome in experiment(progress):
                 if outcome.falsification is not None:
                     outcomes[[o.id for o in outcomes].index(outcome.id)] = outcome
                     store.update(outcome)
@@ -119,6 +139,62 @@ def run_command(
     if str(json_file) != "-":
         screen.print(text.run_summary(outcomes, time.monotonic() - start), markup=False)
     raise typer.Exit(exit_code(outcomes))
+
+
+Experiment = Callable[[Progress], Iterator[Outcome]]
+
+
+def _on_guests(
+    lab: str,
+    found: Sequence[Scenario],
+    frameworks: Sequence[Framework] | None,
+    image: Path | None,
+    *,
+    accelerator: str,
+    guests: int | None,
+    falsify: bool,
+) -> Experiment:
+    """The experiment in guests of a lab; what is left out of `found` is said."""
+    machine = discovery.load_lab(lab)
+    file = image_of(machine, image)
+    taken = run.chosen(found, machine)
+    wanted = _need_some(run.cases(taken, machine, frameworks))
+    if len(taken) < len(found):
+        why = "are not about containers" if machine.engine else "are about containers or services that it has not"
+        say(f"lab {machine.id}: {len(found) - len(taken)} scenarios {why}: left out")
+    return functools.partial(
+        _outcomes, machine, wanted, accelerator=accelerator, guests=guests, falsify=falsify, image=file
+    )
+
+
+def _need_some(wanted: tuple[run.Case, ...]) -> tuple[run.Case, ...]:
+    if not wanted:
+        say("nothing to run: no scenario has an expectation for the frameworks asked for")
+        raise typer.Exit(NOTHING)
+    return wanted
+
+
+def _outcomes_there(
+    host: str,
+    scenarios: Sequence[Scenario],
+    frameworks: Sequence[Framework] | None,
+    names: str | None,
+    allow_changes: bool,
+    progress: Progress,
+) -> Iterator[Outcome]:
+    """The outcome of each case on a machine that is there already, which is left as it was."""
+    from lsmlab import ssh_lab  # noqa: PLC0415 - paramiko takes longer to load than most commands run
+
+    with ssh_lab.reached(host) as found:
+        lab = ssh_lab.lab_for(found, names)
+        wanted = _need_some(run.cases(scenarios, lab, frameworks, unconfined=True))
+        planned = ssh_lab.changes(found, lab, wanted)
+        if not allow_changes:
+            raise ssh_lab.need_leave(host, planned)
+        bench = ssh_lab.SshBench(host, found, lab, planned, progress)
+        progress.note(f"Lab {bench.name}, {found.system}, with the names of {lab.id}; all changes are undone")
+        yield from run.run(bench, wanted)
+    bench.see_undone()
 
 
 def _outcomes(

@@ -21,6 +21,7 @@ from lsmlab.cli.base import (
     progress_shown,
     scenario_names,
 )
+from lsmlab.errors import DefinitionError
 from lsmlab.store import Store
 from lsmlab.terms import ENFORCING_ARM, Arm
 
@@ -104,6 +105,8 @@ def rewind_command(
     accelerator_of(accel)
     number, kept = Store().get(outcome)
     where = arm_of(arm) if arm else ENFORCING_ARM[kept.framework]
+    if kept.environment.machine:
+        raise DefinitionError(f"outcome {number} is of {kept.lab}, a machine that stays: nothing of it can be rewound")
     need_arm([record.arm for record in kept.arms], where, f"outcome {number}")
     found = discovery.load_scenarios([scenario or kept.scenario])[0]
     spec = shell.attempt_of(found, attempt) if attempt else found.attacks[0]

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from lsmlab import cache, discovery, doctor, inventory, paths, proofs
+from lsmlab.admission import host_of
 from lsmlab.cli.base import (
     AS_EXPECTED,
     EPILOG,
@@ -271,3 +272,31 @@ def _surveyed(name: str, units: set[str]) -> list[doctor.Finding]:
 
     with contextlib.closing(open_ssh(name)) as channel:
         return survey.examine(channel, channel.login, units)
+
+
+@app.command("undo")
+def undo_command(
+    host: Annotated[str, typer.Argument(metavar="HOST", help="As for `doctor --ssh`: alias, [USER@]HOST[:PORT], ...")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Put back also what somebody else has changed since that run.")
+    ] = False,
+) -> None:
+    """Put back what a run on a machine over SSH has changed and could not undo: it was killed, or the connection broke.
+
+    A journal on that machine says what was. Nothing of it is left once all is verified to be as it was.
+
+    Examples:
+
+        lsmlab undo admin@web1.example.org
+
+        lsmlab undo vagrant:default
+    """
+    from lsmlab import ssh_lab  # noqa: PLC0415 - paramiko takes longer to load than most commands run
+
+    done = ssh_lab.undo(host_of(host) or host, force=force)
+    if done is None:
+        say(f"{host}: nothing to undo: no journal is there")
+        return
+    for line in done:
+        print(f"put back: {line}")
+    say(f"{host}: all is as it was before the run, verified")

@@ -1,0 +1,303 @@
+"""A machine over SSH as a lab, as far as no guest is needed: whether it will do, whose names hold, what is undone."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from fakes import Answer, ScriptedChannel, said
+from lsmlab import admission, discovery, run, ssh_lab
+from lsmlab.channel.ssh import SshChannel, open_ssh
+from lsmlab.errors import ChannelError, DefinitionError, LsmlabError, MachineError
+from lsmlab.machine.ssh import PARTS, SshMachine, audit_rules
+from lsmlab.progress import Silent
+from lsmlab.terms import Framework, Kernel
+from ssh_server import SshHome, ssh_home
+
+FLAGSHIP = discovery.load_scenarios(["nginx-reads-shadow"])[0]
+SELINUX: dict[str, Any] = {"lsm": ["selinux"], "selinux_enforcing": True, "profiles": None, "apparmor_mode": None}
+APPARMOR: dict[str, Any] = {"lsm": ["apparmor"], "selinux_enforcing": None, "profiles": {}, "apparmor_mode": "enforce"}
+AUDIT = {"enabled": 1, "daemon_pid": 7, "lost": 0, "backlog": 0, "log": "1:2", "size": 3}
+TRIXIE = 'PRETTY_NAME="Debian GNU/Linux 13 (trixie)"\nID=debian\nVERSION_ID="13"\n'
+
+
+class Machine(ScriptedChannel):
+    """What a machine answers that will do, but for what a test says otherwise; and whether it is still there."""
+
+    def __init__(self, *answers: tuple[str, Answer], **asked: Any) -> None:
+        usual: dict[str, Any] = {"journal": None, "mode": SELINUX, "audit_state": AUDIT}
+        commands: list[tuple[str, Answer]] = [
+            *answers, ("cat /etc/os-release", said(TRIXIE)), ("uname -r", said("6.12\n")),
+            ("cat /proc/cmdline", said("quiet\n")), ("auditctl -l", said("No rules\n")),
+            ("systemctl show", said("{ path=/usr/sbin/nginx ; argv[]=x }\n")),
+        ]  # fmt: skip
+        super().__init__(commands, usual | asked)
+        self.name = "web1"
+        self.fault = ""
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+    @property
+    def as_ssh(self) -> SshChannel:
+        return cast("SshChannel", self)
+
+
+@pytest.fixture
+def reach(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], ssh_lab.Found]:
+    """Reaches a machine of a test's own."""
+
+    def reached(machine: Machine) -> ssh_lab.Found:
+        monkeypatch.setattr(ssh_lab, "open_ssh", lambda *_: machine)
+        with ssh_lab.reached("web1") as found:
+            return found
+
+    return reached
+
+
+Reach = Callable[[Machine], ssh_lab.Found]
+
+
+@pytest.mark.parametrize(("mode", "framework"), [(SELINUX, Framework.SELINUX), (APPARMOR, Framework.APPARMOR)])
+def test_a_machine_that_will_do_is_looked_at_and_no_more(
+    reach: Reach, mode: dict[str, Any], framework: Framework
+) -> None:
+    machine = Machine(mode=mode)
+    found = reach(machine)
+    assert (found.frameworks, found.kernel, found.command_line) == ((framework,), "6.12", "quiet")
+    assert found.system == "Debian GNU/Linux 13 (trixie)"
+    assert {line.partition(" ")[2] for line in machine.lines if line.startswith("ask ")} == {
+        "journal", "mode", "audit_state"
+    }  # fmt: skip
+    assert machine.written == {} and machine.closed
+
+
+WILL_NOT_DO: list[tuple[dict[str, Any], str, str]] = [
+    ({"journal": {"who": "anna", "begun": "noon"}}, "the journal of another run is there: anna, since noon",
+     "`lsmlab undo web1`"),
+    ({"mode": SELINUX | {"selinux_enforcing": False}}, "SELinux is permissive there", "setenforce 1"),
+    ({"mode": APPARMOR | {"apparmor_mode": "complain"}}, "AppArmor as a whole is in mode complain", "parameters/mode"),
+    ({"mode": {"lsm": ["yama"], "selinux_enforcing": None, "profiles": None}},
+     "neither SELinux nor AppArmor is on there", "kernel's command line"),
+    ({"audit_state": AUDIT | {"enabled": 0}}, "auditing is off there", "auditd"),
+    ({"audit_state": AUDIT | {"daemon_pid": 0}}, "no auditd takes the kernel's records there", "auditd"),
+    ({"audit_state": AUDIT | {"enabled": 2}}, "locked there until the next boot", "-e 2"),
+    ({"audit_state": ChannelError("web1: audit.log: No such file")}, "without an audit log there is no evidence",
+     "lsmlab doctor --ssh web1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "why", "hint"), WILL_NOT_DO)
+def test_a_machine_that_will_not_do_is_told_why_and_what_to_do(
+    reach: Reach, asked: dict[str, Any], why: str, hint: str
+) -> None:
+    machine = Machine(**asked)
+    with pytest.raises(MachineError) as caught:
+        reach(machine)
+    assert why in caught.value.message
+    assert hint in caught.value.hint
+    assert machine.written == {} and machine.closed
+
+
+@pytest.mark.parametrize("answer", [1, "x", [], {"who": ["a"] * 1000}, {"\x1b": 1}])
+def test_a_journal_that_is_nonsense_is_never_taken_for_none(reach: Reach, answer: Any) -> None:
+    with pytest.raises(MachineError, match="the journal of another run is there") as caught:
+        reach(Machine(journal=answer))
+    assert len(str(caught.value)) < 600
+
+
+def test_the_names_of_services_are_the_fitting_lab_s(reach: Reach) -> None:
+    assert ssh_lab.lab_for(reach(Machine()), None).id == "debian-13"
+    lab = ssh_lab.lab_for(
+        reach(Machine(("cat /etc/os-release", said("ID=debian\nVERSION_ID=12\n")), mode=APPARMOR)), None
+    )
+    assert (lab.id, lab.frameworks) == ("debian-12", (Framework.APPARMOR,))
+    for said_there, wanted in (
+        ("ID=fedora\nVERSION_ID=44\n", "fedora-44"), ('ID="almalinux"\nVERSION_ID="10.1"\n', "almalinux-10"),
+        ('ID=ubuntu\nVERSION_ID="24.04"\n', "ubuntu-24.04"),
+        ('ID="opensuse-leap"\nVERSION_ID="16.0"\n', "opensuse-16.0"),
+    ):  # fmt: skip
+        assert ssh_lab.lab_for(reach(Machine(("cat /etc/os-release", said(said_there)))), None).id == wanted
+    for near in ("ID=debian\nVERSION_ID=130\n", "ID=debian\n", "VERSION_ID=13\n", "ID=almalinux\nVERSION_ID=9.6\n"):
+        with pytest.raises(DefinitionError, match="no lab is for"):
+            ssh_lab.lab_for(reach(Machine(("cat /etc/os-release", said(near)))), None)
+    strange = Machine(("cat /etc/os-release", said('ID=gentoo\nPRETTY_NAME="Gen\x1btoo"\n')))
+    with pytest.raises(DefinitionError, match="no lab is for Gen") as caught:
+        ssh_lab.lab_for(reach(strange), None)
+    assert "--names LAB" in caught.value.hint and ", debian-12, debian-13, " in caught.value.hint
+    assert ssh_lab.lab_for(reach(strange), "debian-12").id == "debian-12"
+    with pytest.raises(DefinitionError, match="no lab is for an unknown system"):
+        ssh_lab.lab_for(reach(Machine(("cat /etc/os-release", said(code=1)))), None)
+
+
+def test_the_weaker_control_is_what_every_case_is_compared_with(reach: Reach) -> None:
+    lab = ssh_lab.lab_for(reach(Machine()), None)
+    (case,) = run.cases([FLAGSHIP], lab, unconfined=True)
+    assert [arm.value for arm in case.arms] == ["selinux-unconfined", "selinux-enforcing"]
+    with pytest.raises(DefinitionError, match="has no AppArmor; it has: selinux"):
+        run.cases([FLAGSHIP], lab, [Framework.APPARMOR], unconfined=True)
+
+
+def test_without_leave_it_says_exactly_what_would_be_changed(reach: Reach) -> None:
+    found = reach(Machine())
+    lab = ssh_lab.lab_for(found, None)
+    planned = ssh_lab.changes(found, lab, run.cases([FLAGSHIP], lab, unconfined=True))
+    words = str(ssh_lab.need_leave("web1", planned))
+    for word in (*planned.words, *planned.trees, "--allow-changes", "audit rules"):
+        assert word in words
+    assert "/usr/sbin/nginx is labelled bin_t" in words
+
+
+def test_a_service_that_is_not_there_is_said(reach: Reach) -> None:
+    found = reach(Machine(("systemctl show", said("\n"))))
+    lab = ssh_lab.lab_for(found, None)
+    with pytest.raises(DefinitionError, match=r"web1: nginx\.service: systemd knows no program") as caught:
+        ssh_lab.changes(found, lab, run.cases([FLAGSHIP], lab, unconfined=True))
+    assert "Install there" in caught.value.hint
+
+
+# The machine
+
+
+CHANGES = admission.Changes(("/etc",), ("nginx.service",), (), ("httpd_t",), ("x",))
+
+
+def undoing(**asked: Any) -> Machine:
+    usual = dict.fromkeys(("subjects", "begin", "mark", "restore", "end", "undo"))
+    return Machine(**(usual | asked))
+
+
+def test_it_is_undone_once_and_asked_nothing_afterwards() -> None:
+    there = undoing()
+    machine = SshMachine(there.as_ssh)
+    machine.begin(CHANGES)
+    machine.snapshot("ready")
+    machine.restore("ready")
+    standing = [(machine.running, machine.stays)]
+    machine.stop()
+    machine.stop()
+    standing.append((machine.running, machine.stays))
+    assert (standing, machine.problem) == ([(True, True), (False, True)], "")
+    assert [name for name, _ in there.questions] == ["subjects", "begin", "mark", "restore", "end"]
+    with pytest.raises(LsmlabError, match="interrupted"):
+        machine.channel.run(["true"])
+    with pytest.raises(MachineError, match="interrupted"):
+        machine.restore("ready")
+
+
+def test_an_interrupted_run_asks_nothing_but_to_undo() -> None:
+    there = undoing()
+    machine = SshMachine(there.as_ssh)
+    machine.begin(CHANGES)
+    machine.interrupt()
+    for ask in (lambda: machine.channel.ask("mode"), lambda: machine.snapshot("x"), lambda: machine.restore("x")):
+        with pytest.raises(MachineError, match="interrupted"):
+            ask()
+    machine.stop()
+    assert [name for name, _ in there.questions][-1] == "end"
+
+
+def test_what_cannot_be_undone_is_kept_for_whoever_asks(reach: Reach) -> None:
+    there = undoing(end=ChannelError("web1: end: not as it was: /etc/x: another digest"))
+    found = reach(there)
+    lab = ssh_lab.lab_for(found, None)
+    bench = ssh_lab.SshBench("web1", found, lab, CHANGES, Silent())
+    with bench.guest(Kernel.SELINUX, "x"):
+        pass
+    with pytest.raises(MachineError, match=r"not all was undone: .*/etc/x: another digest") as caught:
+        bench.see_undone()
+    assert "`lsmlab undo web1`" in caught.value.hint
+    with pytest.raises(MachineError, match="not all was undone"), bench.guest(Kernel.SELINUX, "y"):
+        pytest.fail("a second experiment on a machine that is not as it was")
+
+
+def test_a_machine_that_goes_away_is_reached_once_more_to_undo(monkeypatch: pytest.MonkeyPatch) -> None:
+    there, again = undoing(), undoing()
+    machine = SshMachine(there.as_ssh)
+    machine.begin(CHANGES)
+    there.fault = "the connection was lost"
+    assert not machine.running
+    monkeypatch.setattr("lsmlab.machine.ssh.open_ssh", lambda *_: again)
+    machine.stop()
+    assert (machine.problem, again.questions, again.closed) == ("", [("undo", {})], True)
+
+
+def test_a_machine_that_stays_away_is_a_problem_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = undoing()
+    machine = SshMachine(there.as_ssh)
+    machine.begin(CHANGES)
+    there.fault = "the connection was lost"
+
+    def gone(host: str, parts: object) -> None:
+        raise ChannelError("web1: connecting to 192.0.2.1 port 22: no answer within 15 s")
+
+    monkeypatch.setattr("lsmlab.machine.ssh.open_ssh", gone)
+    machine.stop()
+    assert "no answer within 15 s" in machine.problem
+
+
+def test_the_rules_of_our_images_are_those_of_a_run_there() -> None:
+    rules = audit_rules()
+    assert len(rules) == 6
+    assert all(rule[0] == "always,exit" for rule in rules)
+    assert "path=/var/lib/lsmlab/vehicle" in rules[0] and "key=lsmlab-subject" in rules[0]
+    assert "key=lsmlab-fork" in rules[-1]
+
+
+# Over a real connection
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SshHome]:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    with ssh_home(tmp_path) as home:
+        if os.geteuid() != 0:
+            home.sudo_that_obeys()
+        yield home
+
+
+def test_the_programs_arrive_and_know_their_operations(home: SshHome) -> None:
+    channel = open_ssh("machine", PARTS)
+    try:
+        assert channel.ask("journal") is None
+        with pytest.raises(ChannelError, match="nothing was begun"):
+            channel.ask("mark", name="x")
+        with pytest.raises(ChannelError, match="what a visitor is answered is withheld"):
+            channel.ask("visit", method="GET", port=80, path="/", timeout=1)
+        assert channel.ask("clock", seconds=0) is None
+        assert channel.run(["date", "+%Y"]).out.strip() > "2000"
+    finally:
+        channel.close()
+    assert home.server.commands
+
+
+def test_where_no_journal_is_there_is_nothing_to_undo(home: SshHome) -> None:
+    assert not Path("/var/lib/lsmlab").exists(), "this machine is somebody's lab"
+    assert ssh_lab.undo("machine") is None
+    assert not Path("/var/lib/lsmlab").exists()
+
+
+@pytest.mark.parametrize("answer", [1, "x", {}, [1], [["x"]]])
+def test_an_undoing_that_is_nonsense_is_an_error(answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh_lab, "open_ssh", lambda *_: Machine(undo=answer))
+    with pytest.raises(ChannelError, match="nonsense"):
+        ssh_lab.undo("web1")
+
+
+def test_a_close_of_the_bench_interrupts_what_runs(reach: Reach) -> None:
+    found = reach(undoing())
+    bench = ssh_lab.SshBench("web1", found, ssh_lab.lab_for(found, None), CHANGES, Silent())
+    with bench.guest(Kernel.SELINUX, "x") as machine:
+        thread = threading.Thread(target=bench.close)
+        thread.start()
+        thread.join()
+        assert not machine.running
+    with pytest.raises(MachineError, match="was interrupted"), bench.guest(Kernel.SELINUX, "y"):
+        pytest.fail("a machine of a bench that is closed")
