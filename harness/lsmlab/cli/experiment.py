@@ -159,12 +159,14 @@ def _on_guests(
     file = image_of(machine, image)
     taken = run.chosen(found, machine)
     wanted = _need_some(run.cases(taken, machine, frameworks))
-    if len(taken) < len(found):
-        why = "are not about containers" if machine.engine else "are about containers or services that it has not"
-        say(f"lab {machine.id}: {len(found) - len(taken)} scenarios {why}: left out")
-    return functools.partial(
-        _outcomes, machine, wanted, accelerator=accelerator, guests=guests, falsify=falsify, image=file
-    )
+
+    def experiment(progress: Progress) -> Iterator[Outcome]:
+        if len(taken) < len(found):
+            why = "are not about containers" if machine.engine else "are about containers or services that it has not"
+            say(f"lab {machine.id}: {len(found) - len(taken)} scenarios {why}: left out")
+        return _outcomes(machine, wanted, progress, accelerator=accelerator, guests=guests, falsify=falsify, image=file)
+
+    return experiment
 
 
 def _need_some(wanted: tuple[run.Case, ...]) -> tuple[run.Case, ...]:
