@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lsmlab import host, paths
+from lsmlab import download, host, paths
 from lsmlab.bench import guest_budget
 from lsmlab.errors import LsmlabError
-from lsmlab.image import build, debian
-from lsmlab.lab import Lab
+from lsmlab.image import build, cloud, debian
+from lsmlab.lab import CloudImage, Lab
 from lsmlab.machine import accel
 from lsmlab.machine.qemu import QEMU
+from lsmlab.progress import Silent
 
 TO_RUN = (
     ("qemu-system-x86_64", "--version", "runs the guests"),
@@ -161,10 +162,25 @@ def _kvm(lab: Lab) -> Finding:
     return Finding("KVM", ok=ok, needed=False, found=f"{state}: {detail}", advice=advice)
 
 
+def _download(image: CloudImage) -> Finding:
+    """Whether the distribution's file is there, and whether its list is signed by a key that is here."""
+    try:
+        size = download.length(image.url)
+        digest = cloud.expected_digest(image, Silent(), "doctor")
+    except LsmlabError as error:
+        return Finding("download", ok=False, needed=False, found=error.message, advice=error.hint)
+    vouched = "the list's signature is good" if image.checksums else "the lab's file says its digest"
+    large = f"{size >> 20} MiB, " if size is not None else ""
+    return Finding("download", ok=True, needed=False, found=f"{large}{vouched}, SHA-256 {digest[:16]}...")
+
+
 def _packages(lab: Lab) -> Iterator[Finding]:
-    if lab.image is None:
+    if lab.cloud_image is not None:
+        if build.find(lab) is None:
+            yield _download(lab.cloud_image)
         return
     try:
+        assert lab.image is not None
         debian.package_sources(lab.image.suite)
     except LsmlabError as error:
         yield Finding("Debian packages", ok=False, needed=False, found=error.message, advice=error.hint)

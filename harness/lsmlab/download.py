@@ -84,6 +84,22 @@ def small(address: str, most: int) -> bytes:
     return bytes(data)
 
 
+def length(address: str) -> int | None:
+    """How long the file at `address` is, bytes, without fetching it; None where the server does not say.
+
+    Raises DownloadError where it is not there.
+    """
+    name = shown(address)
+    try:
+        answer = requests.head(address, allow_redirects=True, timeout=(CONNECT_SECONDS, READ_SECONDS))
+    except (requests.RequestException, ValueError) as error:
+        raise DownloadError(f"{name}: {_words(error)}", hint="See that the address is right, or try later.") from error
+    if answer.status_code != requests.codes.ok:
+        raise DownloadError(f"{name}: the server says {answer.status_code} {answer.reason}")
+    said = answer.headers.get("Content-Length", "")
+    return int(said) if _LENGTH.fullmatch(said) else None
+
+
 def _fetch(address: str, folder: Path, progress: Progress, task: str) -> None:
     part, name = folder / PART, shown(address)
     progress.step(task, f"asking for {name}")

@@ -14,7 +14,7 @@ import pytest
 from test_signed import needs_gpg
 
 import standin
-from lsmlab import discovery, download, lab
+from lsmlab import discovery, doctor, download, lab
 from lsmlab.channel.base import CommandResult
 from lsmlab.channel.ssh import Access
 from lsmlab.errors import DamagedError, DefinitionError, DownloadError, HostError, ImageError
@@ -68,13 +68,13 @@ def signed_image(address: str, signer: Signer, tmp_path: Path, **more: Any) -> C
 
 
 def test_a_pinned_digest_is_what_counts(address: str) -> None:
-    assert cloud._expected_digest(image(address), Silent(), "t") == DIGEST
+    assert cloud.expected_digest(image(address), Silent(), "t") == DIGEST
 
 
 @needs_gpg
 def test_a_signed_list_says_the_digest(address: str, folder: Path, signer: Signer, tmp_path: Path) -> None:
     standin.publish(folder, "ubuntu-shaped.qcow2", UBUNTU, signer)
-    assert cloud._expected_digest(signed_image(address, signer, tmp_path), Silent(), "t") == DIGEST
+    assert cloud.expected_digest(signed_image(address, signer, tmp_path), Silent(), "t") == DIGEST
 
 
 @needs_gpg
@@ -84,13 +84,13 @@ def test_a_pin_that_the_list_contradicts_is_an_error(
     standin.publish(folder, "ubuntu-shaped.qcow2", UBUNTU, signer)
     other = signed_image(address, signer, tmp_path).model_copy(update={"sha256": "0" * 64})
     with pytest.raises(ImageError, match="the distribution's list says"):
-        cloud._expected_digest(other, Silent(), "t")
+        cloud.expected_digest(other, Silent(), "t")
 
 
 @needs_gpg
 def test_a_list_that_is_not_there_is_an_error(address: str, signer: Signer, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match="the server says 404"):
-        cloud._expected_digest(signed_image(address, signer, tmp_path), Silent(), "t")
+        cloud.expected_digest(signed_image(address, signer, tmp_path), Silent(), "t")
 
 
 def test_what_is_small_is_not_read_without_end(address: str, folder: Path) -> None:
@@ -141,6 +141,28 @@ def test_a_file_that_is_here_is_verified_as_well(address: str, folder: Path, tmp
     made = standin_lab(address, tmp_path, checksums=None, sha256="0" * 64)
     with pytest.raises(DamagedError, match=r"ubuntu-shaped\.qcow2: its SHA-256 is"):
         build.ensure(made, Silent(), accelerator="tcg", file=folder / "ubuntu-shaped.qcow2")
+
+
+# What doctor says of it
+
+
+@needs_gpg
+def test_doctor_tries_the_address_and_the_signature(address: str, folder: Path, signer: Signer, tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(signer.public)
+    standin.publish(folder, "ubuntu-shaped.qcow2", UBUNTU, signer)
+    (found,) = doctor._packages(standin_lab(address, tmp_path))
+    assert (found.ok, found.found) == (True, f"0 MiB, the list's signature is good, SHA-256 {DIGEST[:16]}...")
+    (folder / "SHA256SUMS").write_text(f"{'0' * 64} *ubuntu-shaped.qcow2\n")
+    (found,) = doctor._packages(standin_lab(address, tmp_path))
+    assert not found.ok
+    assert "it is not what was signed" in found.found
+
+
+def test_doctor_says_that_the_file_is_not_there(address: str, folder: Path, tmp_path: Path) -> None:
+    (folder / "ubuntu-shaped.qcow2").unlink()
+    (found,) = doctor._packages(standin_lab(address, tmp_path, checksums=None, sha256=DIGEST))
+    assert (found.ok, found.needed) == (False, False)
+    assert "the server says 404" in found.found
 
 
 # What a guest says

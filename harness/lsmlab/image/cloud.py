@@ -70,7 +70,7 @@ def make(lab: Lab, work: Path, task: str, progress: Progress, accelerator: str, 
     host.need_x86("preparing an image")
     host.need(QEMU)
     host.need("qemu-img")
-    expected = _expected_digest(image, progress, task)
+    expected = expected_digest(image, progress, task)
     with contextlib.ExitStack() as held:
         there = file or held.enter_context(download.fetched(image.url, progress, task))
         progress.step(task, "verifying the download")
@@ -84,7 +84,7 @@ def make(lab: Lab, work: Path, task: str, progress: Progress, accelerator: str, 
     return about | {"source": {"url": image.url, "sha256": digest}}
 
 
-def _expected_digest(image: CloudImage, progress: Progress, task: str) -> str:
+def expected_digest(image: CloudImage, progress: Progress, task: str) -> str:
     """What the image's digest has to be: as the lab's file says, and as the distribution's signed list says.
 
     Raises DownloadError; ImageError where the list cannot be trusted, or the two differ.
