@@ -23,7 +23,7 @@ from lsmlab.lab import Lab
 from lsmlab.machine import accel, qemu, states
 from lsmlab.machine.accel import Acceleration
 from lsmlab.machine.base import Machine
-from lsmlab.machine.hardware import Hardware, Network
+from lsmlab.machine.hardware import Hardware
 from lsmlab.machine.qemu import QEMU, QemuMachine
 from lsmlab.machine.states import SavedState
 from lsmlab.outcome import Environment
@@ -142,6 +142,8 @@ class Bench:
         limit.keep()
         progress.step("accelerator", "proving the accelerator with the lab's kernel")
         self.acceleration: Acceleration = accel.choose(self.image.kernel, accelerator)
+        if lab.needs_kvm and self.acceleration.name != "kvm":
+            raise accel.kvm_needed(lab.id)
         progress.done("accelerator")
         self._version = host.version(QEMU, "--version")
         self._scratch = scratch
@@ -174,8 +176,7 @@ class Bench:
     @property
     def hardware(self) -> Hardware:
         """What every guest of this bench is made of."""
-        network = Network.OURS if self.image.access else Network.NONE
-        return Hardware(self.acceleration.name, self.lab.memory_mib, self._version, network)
+        return Hardware(self.acceleration.name, self.lab.memory_mib, self._version, build.network_of(self.image))
 
     @property
     def environment(self) -> Environment:

@@ -71,6 +71,8 @@ def lacking(lab: Lab) -> list[str]:
         guest_budget(lab.memory_mib)
     except LsmlabError:
         found.append("memory")
+    if lab.needs_kvm and not accel.worth_trying():
+        found.append("KVM")
     return found
 
 
@@ -159,7 +161,7 @@ def _kvm(lab: Lab) -> Finding:
         state, detail = accel.known_or_probe(image.kernel)
     ok = state is accel.KvmState.PROVEN
     advice = "" if ok else f"Guests run under TCG, ten times slower. {accel.ADVICE[state]}"
-    return Finding("KVM", ok=ok, needed=False, found=f"{state}: {detail}", advice=advice)
+    return Finding("KVM", ok=ok, needed=lab.needs_kvm, found=f"{state}: {detail}", advice=advice)
 
 
 def _download(image: CloudImage) -> Finding:

@@ -124,7 +124,7 @@ def _wanted() -> _Wanted:
             continue
         images[image.folder.name] = image.digest
         for accelerator in CPU:
-            hardware = Hardware(accelerator, lab.memory_mib, version)
+            hardware = Hardware(accelerator, lab.memory_mib, version, build.network_of(image))
             for kernel in lab.kernel_arguments:
                 key = states.folder_of(lab, image, kernel, hardware, "").name
                 fitting[key] = states.fits(lab, image, kernel, hardware)
@@ -138,7 +138,7 @@ def _labs() -> Iterator[Lab]:
             lab = discovery.load_lab(name)
             manifests = map(cache.read_manifest, cache.builds(paths.cache() / "images" / f"{lab.id}-*"))
             asked = {tuple(m.get("asked", ())) for m in manifests if m is not None}
-            yield from {one.image: one for one in (lab, *(lab.with_packages(packages) for packages in asked))}.values()
+            yield from {one.disk: one for one in (lab, *(lab.with_packages(packages) for packages in asked))}.values()
 
 
 def _entry(kind: str, folder: Path, wanted: _Wanted, elsewhere: set[str]) -> Entry:

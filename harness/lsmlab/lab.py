@@ -102,6 +102,9 @@ class Lab(Definition):
     kernel_arguments: dict[Kernel, str]
     """The part of the kernel's command line that picks the framework, for each boot."""
     services: dict[Identifier, Service] = Field(default_factory=dict)
+    needs_kvm: bool = False
+    """Its programs need a processor of x86-64-v3, of which software emulation here lacks a part: the kernel's list
+    allocator breaks with it (see `machine.hardware.CPU`)."""
     names: dict[str, str] = Field(default_factory=dict)
     """What this distribution calls what Debian, whose names scenarios use, calls otherwise: users, groups, paths."""
     engine: Engine | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import struct
@@ -17,7 +18,7 @@ from entries import Notes, put
 
 from lsmlab import cache, discovery, paths
 from lsmlab.errors import DamagedError, HostError, ImageError, LsmlabError
-from lsmlab.image import archive, build
+from lsmlab.image import archive, build, debian
 from lsmlab.lab import Lab
 
 Members = list[tuple[tarfile.TarInfo, bytes]]
@@ -42,7 +43,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lab: Lab) -> Path
         "lab": lab.id, "recipe": build.recipe_digest(lab), "built": "2026-11-24", "kernel_release": "6.12-made-up",
         "packages": {"nginx": "1"}, "asked": list(lab.disk.packages), "root_arguments": "root=/dev/vda rw",
     }  # fmt: skip
-    files = {name: name.encode() * 1000 for name in build.FILES} | {"disk.qcow2": disk()}
+    files = {name: name.encode() * 1000 for name in debian.FILES} | {"disk.qcow2": disk()}
     put(build.folder_of(lab, "a"), files, about)
     written = archive.write(lab, tmp_path / "image.tar.gz", Notes())
     assert written.sha256 == cache.file_digest(written.path)
@@ -245,3 +246,25 @@ def test_what_cannot_be_written_leaves_nothing(elsewhere: Path, lab: Lab, tmp_pa
     with pytest.raises(HostError, match="cannot be written: Is a directory"):
         archive.write(lab, tmp_path / "out" / "taken", Notes())
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["taken"]
+
+
+def test_a_key_to_guests_is_for_its_owner_alone(tmp_path: Path) -> None:
+    content = b"a key"
+    digest = hashlib.sha256(content).hexdigest()
+    for name, mode in (("ssh-key", 0o600), ("vmlinuz", 0o644)):
+        archive._unpack("it", archive._Member(name, len(content), iter([content])), tmp_path / name, digest)
+        assert (tmp_path / name).stat().st_mode & 0o777 == mode
+
+
+def test_an_image_of_another_kind_is_refused(elsewhere: Path) -> None:
+    """A key in the image of a lab without a network, or no tree where policies are compiled."""
+
+    def without_tree(members: Members) -> Members:
+        kept = [(m, d) for m, d in members if m.name != "policy-tree.tar"]
+        about = json.loads(kept[0][1])
+        del about["files"]["policy-tree.tar"]
+        kept[0][0].size = len(json.dumps(about))
+        return [(kept[0][0], json.dumps(about).encode()), *kept[1:]]
+
+    error = refused(changed(elsewhere, without_tree))
+    assert "none of an image of debian-13: it has other files" in error.message

@@ -11,17 +11,22 @@ from typing import Any
 
 import pycdlib
 import pytest
+from entries import put
 from test_signed import needs_gpg
 
 import standin
-from lsmlab import discovery, doctor, download, lab
+from lsmlab import discovery, doctor, download, host, inventory, lab
 from lsmlab.channel.base import CommandResult
 from lsmlab.channel.ssh import Access
 from lsmlab.errors import DamagedError, DefinitionError, DownloadError, HostError, ImageError
 from lsmlab.image import build, cloud, seed
 from lsmlab.lab import CloudImage, Lab
+from lsmlab.machine import accel, states
+from lsmlab.machine.hardware import Hardware, Network
+from lsmlab.machine.qemu import QEMU
 from lsmlab.progress import Silent
 from lsmlab.run import cases, chosen
+from lsmlab.terms import Kernel
 from standin import UBUNTU, Signer, served
 
 CONTENT = b"\0" * 510 + b"\x55\xaa" + b"\0" * 512
@@ -101,11 +106,11 @@ def test_what_is_small_is_not_read_without_end(address: str, folder: Path) -> No
 
 
 def test_another_digest_is_damage(folder: Path) -> None:
-    assert cloud._verify(folder / "ubuntu-shaped.qcow2", DIGEST, "it") == DIGEST
+    assert cloud._verify(folder / "ubuntu-shaped.qcow2", DIGEST, "it", "") == DIGEST
     with pytest.raises(DamagedError, match=f"it: its SHA-256 is {DIGEST}, expected {'0' * 64}"):
-        cloud._verify(folder / "ubuntu-shaped.qcow2", "0" * 64, "it")
+        cloud._verify(folder / "ubuntu-shaped.qcow2", "0" * 64, "it", "")
     with pytest.raises(HostError, match="No such file"):
-        cloud._verify(folder / "nowhere", DIGEST, "it")
+        cloud._verify(folder / "nowhere", DIGEST, "it", "")
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>captive portal</html>", b"\0" * 1024, CONTENT[:-1]])
@@ -267,6 +272,49 @@ def test_the_distributions_labs_are_verified_by_keys_that_are_here(name: str) ->
     assert lists.keyring.is_file()
     assert found.cloud_image.url.startswith("https://")
     assert found.cloud_image.installer == {"f": "dnf", "a": "dnf", "u": "apt", "o": "zypper"}[name[0]]
+
+
+def test_a_recipe_covers_what_the_preparation_goes_by() -> None:
+    suse = discovery.load_lab("opensuse-16.0")
+    others = [
+        suse,
+        suse.model_copy(update={"frameworks": suse.frameworks[1:]}),
+        suse.model_copy(update={"services": {}}),
+        suse.with_packages(["tree"]),
+    ]
+    assert len({build.recipe_digest(one) for one in others}) == len(others)
+
+
+def test_a_lab_that_emulation_cannot_run_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(accel, "worth_trying", lambda: False)
+    alma = discovery.load_lab("almalinux-10")
+    for wanted in ("tcg", "auto"):
+        with pytest.raises(HostError, match="lab almalinux-10 needs KVM"):
+            cloud.make(alma, tmp_path, "t", Silent(), wanted, None)
+    assert "KVM" in doctor.lacking(alma)
+    assert "KVM" not in doctor.lacking(discovery.load_lab("fedora-44"))
+
+
+def test_saved_guests_of_a_cloud_lab_are_current(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `images prune` would remove is what no run would use: the network card is part of a guest."""
+    (tmp_path / "here" / "labs").mkdir(parents=True)
+    made = standin_lab(address, tmp_path / "here" / "labs", checksums=None, sha256=DIGEST)
+    put(build.folder_of(made, "a"), dict.fromkeys(cloud.FILES, b"x"), {
+        "lab": made.id, "kernel_release": "6", "packages": {}, "built": "", "root_arguments": "root=/dev/vda",
+        "asked": list(made.disk.packages),
+    })  # fmt: skip
+    found = build.find(made)
+    assert found is not None
+    assert found.access is not None
+    network = build.network_of(found)
+    assert network is Network.OURS
+    hardware = Hardware("tcg", made.memory_mib, host.version(QEMU, "--version"), network)
+    put(states.folder_of(made, found, Kernel.NONE, hardware, "a"), {"ram": b"r", "disk.qcow2": b"d"},
+        states.fits(made, found, Kernel.NONE, hardware))  # fmt: skip
+    monkeypatch.chdir(tmp_path / "here")
+    kinds = {entry.kind: entry.status for entry in inventory.entries()}
+    assert set(kinds.values()) == {inventory.Status.CURRENT}, kinds
+    assert len(kinds) == 2
 
 
 def test_set_ups_use_the_distributions_own_names() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import secrets
 from dataclasses import dataclass
 from importlib import resources
@@ -17,13 +18,13 @@ from lsmlab.errors import ImageError
 from lsmlab.image import cloud, debian
 from lsmlab.image.seed import USER
 from lsmlab.lab import Lab
+from lsmlab.machine.hardware import Network
 from lsmlab.progress import Progress
 
 FORMAT = "2"
 """Changes with the meaning of what is built: older images are then built anew."""
 FILES = ("disk.qcow2", "vmlinuz", "initrd", "packages")
 """What every image has."""
-KNOWN_FILES = frozenset({*FILES, *debian.FILES, *cloud.FILES})
 REPORTED_PACKAGES = (
     "nginx", "selinux-policy-default", "policycoreutils", "libselinux1", "apparmor", "libapparmor1", "auditd",
     "systemd",
@@ -97,7 +98,20 @@ def _recipe(lab: Lab) -> str:
     """What the lab's file says of its disk; a keyring by what is in it, wherever it lies."""
     keyring = lab.cloud_image.checksums.keyring if lab.cloud_image and lab.cloud_image.checksums else None
     said = lab.disk.model_dump_json(exclude={"checksums": {"keyring"}})
+    if lab.cloud_image is not None:  # its preparation is by frameworks, and enables services
+        units = sorted(service.unit for service in lab.services.values())
+        said += json.dumps([sorted(lab.frameworks), units])
     return said + (digest_of(keyring.read_bytes()) if keyring and keyring.is_file() else "")
+
+
+def files_of(lab: Lab) -> tuple[str, ...]:
+    """What the lab's image consists of."""
+    return debian.FILES if lab.image is not None else cloud.FILES
+
+
+def network_of(image: Image) -> Network:
+    """What its guests' network card reaches."""
+    return Network.OURS if image.access else Network.NONE
 
 
 def folder_of(lab: Lab, build_id: str) -> Path:
@@ -192,10 +206,9 @@ def _make(lab: Lab, folder: Path, task: str, progress: Progress, accelerator: st
             found = debian.make(lab, lab.image, work, task, progress)
         else:
             found = cloud.make(lab, work, task, progress, accelerator, file)
-        files = debian.FILES if lab.image is not None else cloud.FILES
         for name in ("vmlinuz", "initrd"):
             (work / name).chmod(0o644)  # QEMU opens them itself, as a user of its own where root starts it
-        cache.publish(work, folder, files, _about(lab, work) | found)
+        cache.publish(work, folder, files_of(lab), _about(lab, work) | found)
     manifest = cache.read_manifest(folder)
     if manifest is None:
         raise ImageError(f"{folder}: the image vanished while it was put in place")

@@ -30,7 +30,7 @@ KEY, KNOWN_HOSTS = "ssh-key", "ssh-known-hosts"
 FILES = ("disk.qcow2", "vmlinuz", "initrd", "packages", KEY, KNOWN_HOSTS)
 INSTALLERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "apt": (
-        ("apt-get", "--quiet", "update"),
+        ("apt-get", "--quiet", "--option", "APT::Update::Error-Mode=any", "update"),
         ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--quiet", "--yes", "--no-install-recommends", "install"),
     ),
     "dnf": (
@@ -46,6 +46,8 @@ INSTALLERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 FIRST_BOOT_SECONDS = {"tcg": 900.0, "kvm": 120.0}
 """A KVM that does not work is given up after so long."""
 STEP_SECONDS = 1800.0
+AGAIN = "Fetch it again: the same command does."
+OTHER = "It is another image than the lab's file, or the distribution's list of today, names; or it is not whole."
 PREPARE = "prepare-cloud.sh"
 OVERLAY = (
     "etc/audit/rules.d/audit.rules", "etc/profile.d/lsmlab.sh", "etc/systemd/system/lsmlab-shell.service",
@@ -68,19 +70,22 @@ def make(lab: Lab, work: Path, task: str, progress: Progress, accelerator: str, 
     image = lab.cloud_image
     assert image is not None
     host.need_x86("preparing an image")
+    if lab.needs_kvm and (accelerator == "tcg" or (accelerator == "auto" and not accel.worth_trying())):
+        raise accel.kvm_needed(lab.id)
     host.need(QEMU)
     host.need("qemu-img")
     expected = expected_digest(image, progress, task)
-    with contextlib.ExitStack() as held:
+    what = str(file) if file else image.url
+    with contextlib.ExitStack() as held:  # to the end: where the preparation fails, the download is kept
         there = file or held.enter_context(download.fetched(image.url, progress, task))
         progress.step(task, "verifying the download")
-        digest = _verify(there, expected, str(file) if file else image.url)
+        digest = _verify(there, expected, what, AGAIN if file is None else OTHER)
         progress.step(task, "unpacking the disk")
-        _unpack(there, work / "source.qcow2", image.disk_mib, str(file) if file else image.url)
-    about = _prepare(lab, image, work, task, progress, accelerator)
-    progress.step(task, "packing the disk")
-    packed = [host.need("qemu-img"), "convert", "-q", "-O", "qcow2", str(work / "prepared.qcow2")]
-    _on_host([*packed, str(work / "disk.qcow2")], f"packing the disk of {lab.id}")
+        _unpack(there, work / "source.qcow2", image.disk_mib, what)
+        about = _prepare(lab, image, work, task, progress, accelerator)
+        progress.step(task, "packing the disk")
+        packed = [host.need("qemu-img"), "convert", "-q", "-O", "qcow2", str(work / "prepared.qcow2")]
+        _on_host([*packed, str(work / "disk.qcow2")], f"packing the disk of {lab.id}")
     return about | {"source": {"url": image.url, "sha256": digest}}
 
 
@@ -106,15 +111,13 @@ def expected_digest(image: CloudImage, progress: Progress, task: str) -> str:
     return said
 
 
-def _verify(file: Path, expected: str, what: str) -> str:
+def _verify(file: Path, expected: str, what: str, hint: str) -> str:
     try:
         found = cache.file_digest(file)
     except OSError as error:
         raise HostError(f"{what}: {error.strerror}") from error
     if found != expected:
-        raise DamagedError(
-            f"{what}: its SHA-256 is {found}, expected {expected}", hint="Fetch it again: the same command does."
-        )
+        raise DamagedError(f"{what}: its SHA-256 is {found}, expected {expected}", hint=hint)
     return found
 
 
@@ -186,7 +189,9 @@ def _first_boot(
 ) -> Iterator[QemuMachine]:
     """A guest of the image itself, logged in. KVM, where it is tried, has to bring it up soon."""
     version = host.version(QEMU, "--version")
-    names = (("kvm", "tcg") if accel.worth_trying() else ("tcg",)) if accelerator == "auto" else (accelerator,)
+    names: tuple[str, ...] = (accelerator,)
+    if accelerator == "auto":
+        names = ("kvm", *(() if lab.needs_kvm else ("tcg",))) if accel.worth_trying() else ("tcg",)
     for name in names:
         progress.step(task, f"booting {lab.title} for the first time ({name})")
         try:
@@ -195,10 +200,11 @@ def _first_boot(
                 boot=OwnLoader(work / "seed.iso"), scratch=work, keep_overlay=work / "prepared.qcow2",
                 timeout=FIRST_BOOT_SECONDS[name], access=access,
             )  # fmt: skip
-        except MachineError:
+        except MachineError as error:
             if name == names[-1]:
                 raise
-            progress.note(f"{lab.title} does not come up under KVM: preparing it in software emulation.")
+            why = error.message.partition("\n")[0]
+            progress.note(f"{lab.title} does not come up under KVM ({why}): preparing it in software emulation.")
             continue
         try:
             yield guest

@@ -13,6 +13,7 @@ mkdir -p /etc/cloud
 touch /etc/cloud/cloud-init.disabled # it has done its work
 systemctl daemon-reload
 while read -r unit; do systemctl enable --quiet "$unit"; done < enabled
+systemctl enable --quiet audit-rules.service 2> /dev/null || true # where the rules have a unit of their own
 while read -r unit; do systemctl disable --quiet "$unit" 2> /dev/null || true; done < disabled
 while read -r unit; do ln -sfn /dev/null "/etc/systemd/system/$unit"; done < masked
 

@@ -125,6 +125,14 @@ def probe(kernel: Path) -> tuple[KvmState, str]:
     return KvmState.BROKEN, f"it opens, but {words}"
 
 
+def kvm_needed(lab: str) -> HostError:
+    """The error for a lab that software emulation cannot run."""
+    return HostError(
+        f"lab {lab} needs KVM: its programs are built for processors that software emulation here does not give",
+        hint="`lsmlab doctor` says what KVM lacks on this machine.",
+    )
+
+
 def worth_trying() -> bool:
     """Whether KVM may work for a guest whose kernel is not known yet: it opens, and nothing broke under it here."""
     try:

@@ -307,6 +307,8 @@ class QemuMachine:
             self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise MachineError(f"guest {self.name}: does not shut down within {timeout:.0f} s") from None
+        if self._process.returncode:  # killed, or fallen over: its disk is not what the guest left
+            raise MachineError(f"guest {self.name}: QEMU ended before the guest had: {self._last_words()}")
 
     def save(self, path: Path) -> None:
         """Write the RAM state to `path` and leave the guest paused. Raises MachineError, also for a full disk."""

@@ -33,6 +33,8 @@ FILES = ("ram", "disk.qcow2")
 COMMON_ARGUMENTS = "console=ttyS0 quiet audit=1 audit_backlog_limit=16384 panic=0 systemd.show_status=error"
 """panic=0: a guest that panics stands still, so that its console can be read."""
 BOOT_SECONDS = {"tcg": 300.0, "kvm": 60.0}
+RULE_KEYS = ("lsmlab-subject", "lsmlab-denied", "lsmlab-fork")
+"""Of the audit rules that evidence rests on."""
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -225,4 +227,11 @@ def settle(channel: Channel, kernel: Kernel) -> None:
     fields = dict(line.split(" ", 1) for line in status.out.splitlines() if " " in line)
     if fields.get("enabled") != "1" or fields.get("pid", "0") == "0":
         raise MachineError(f"auditd does not run in the guest: {status.out.strip() or status.err.strip()}")
+    rules = channel.run(["auditctl", "-l"]).out
+    lacking = [key for key in RULE_KEYS if key not in rules]
+    if lacking:
+        raise MachineError(
+            f"the guest's kernel has not all audit rules of ours: none has the key {lacking[0]}",
+            hint="Its evidence would have gaps. See /etc/audit/rules.d there, and what loads it.",
+        )
     channel.run(["sync"]).check()
