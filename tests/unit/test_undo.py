@@ -197,6 +197,29 @@ def test_files_are_put_back_by_the_run_itself_and_by_another(place: Place, chang
     assert not Path(place.journal).exists()
 
 
+def test_a_second_journal_of_one_agent_keeps_all_once_more(place: Place) -> None:
+    furnish(place.etc)
+    before = look(place.etc)
+    journal = Journal(place.journal)
+    for change in CHANGES:
+        journal.begin("somebody", [str(place.etc)], ["a.service"])
+        change(place.etc)
+        assert journal.end()
+        assert look(place.etc) == before, change
+
+
+def test_what_is_not_kept_leaves_no_draft_behind(place: Place) -> None:
+    furnish(place.etc)
+    journal = place.begin()
+    rewrite(place.etc)
+    for path in (Path(place.journal) / "objects").iterdir():
+        path.unlink()
+    with pytest.raises(Exception, match="objects"):
+        journal.end()
+    assert not list(place.etc.rglob(f"{files.DRAFT}*"))
+    assert (place.etc / "shadow").read_text() == "root:secret\nlsmlab-canary\n"
+
+
 def test_a_mark_is_gone_back_to_as_often_as_asked(place: Place) -> None:
     furnish(place.etc)
     before = look(place.etc)

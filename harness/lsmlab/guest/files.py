@@ -151,16 +151,21 @@ class Trees:
 
     def _replace(self, path: str, entry: Entry) -> None:
         """By a rename: nobody sees half a file, or one that is more open than it was."""
-        draft = _draft(path)
-        fresh = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fresh, "wb") as target, open(f"{self._objects}/{entry['digest']}", "rb") as source:
-            if LABEL in entry["xattrs"]:
-                os.setxattr(draft, LABEL, base64.b64decode(entry["xattrs"][LABEL]))
-            shutil.copyfileobj(source, target, 1 << 20)
-            target.flush()
-            os.fsync(target.fileno())
-        _dress(draft, entry)
-        os.rename(draft, path)
+        with open(f"{self._objects}/{entry['digest']}", "rb") as source:
+            draft = _draft(path)
+            fresh = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                with os.fdopen(fresh, "wb") as target:
+                    if LABEL in entry["xattrs"]:
+                        os.setxattr(draft, LABEL, base64.b64decode(entry["xattrs"][LABEL]))
+                    shutil.copyfileobj(source, target, 1 << 20)
+                    target.flush()
+                    os.fsync(target.fileno())
+                _dress(draft, entry)
+                os.rename(draft, path)
+            except OSError:
+                os.unlink(draft)
+                raise
 
 
 def differences(wanted: dict[str, Entry], found: dict[str, Entry]) -> list[str]:

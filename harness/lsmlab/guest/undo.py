@@ -103,6 +103,7 @@ class Journal:
     def _keep_all(self, who: str, trees: list[str], units: list[str]) -> None:
         self._clear()
         os.mkdir(f"{self.folder}/objects", 0o700)
+        self._trees = Trees(f"{self.folder}/objects")  # of an earlier journal nothing is kept any more
         # What is written goes through links, and makes the folders that are missing
         real = sorted({_topmost_missing(os.path.realpath(path)) for path in trees})
         trees = [path for path in real if not any(_within(path, other) for other in real)]
