@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -377,6 +378,48 @@ def test_two_at_once_are_told_apart_from_one_that_was_killed(place: Place, monke
     place.begin()
     with pytest.raises(Refused, match="another run is at work"):
         Journal(place.journal).take_up()
+
+
+def test_who_waits_for_a_lock_that_is_removed_waits_for_the_next_one(place: Place) -> None:
+    first, second, third = (Journal(place.journal) for _ in range(3))
+    first.hold()
+    thread = threading.Thread(target=second.hold)
+    thread.start()
+    time.sleep(0.2)  # it waits for the first's file
+    first._leave()
+    third.hold()
+    held = third._lock >= 0 and second._lock < 0
+    third._leave() if held else None
+    thread.join(10)
+    assert held and second._lock >= 0
+    second._leave()
+    assert not Path(place.journal).exists()
+
+
+def test_many_at_once_have_the_folder_one_after_the_other(place: Place) -> None:
+    inside: list[int] = []
+    wrong: list[Any] = []
+
+    def work(number: int) -> None:
+        journal = Journal(place.journal)
+        try:
+            for _ in range(100):
+                journal.hold()
+                inside.append(number)
+                time.sleep(0)
+                wrong.extend([list(inside)] if len(inside) > 1 else [])
+                inside.remove(number)
+                journal._leave()
+        except BaseException as error:  # noqa: BLE001 - any is a failure
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert wrong == []
+    assert not Path(place.journal).exists()
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770])

@@ -8,6 +8,7 @@ there, and `undo` of another connection goes back by it. Nothing of it is left o
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -67,26 +68,36 @@ class Journal:
 
     def hold(self) -> None:
         """Make the folder, where there is none, and be the only one that uses it. Raises Refused."""
-        if self._lock >= 0:
-            return
+        deadline = time.monotonic() + LOCK_SECONDS
+        while self._lock < 0:
+            try:
+                self._lock = self._take()
+            except (BlockingIOError, FileNotFoundError):  # another's, or removed with the folder by whoever had it
+                if time.monotonic() > deadline:
+                    raise Refused("another run is at work on this machine") from None
+                time.sleep(0.05)
+
+    def _take(self) -> int:
+        """The lock, where nobody has it: the very file that is in the folder; -1 where that is another by now.
+
+        Raises Refused, BlockingIOError, FileNotFoundError.
+        """
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.folder, 0o700)
         there = os.lstat(self.folder)
         if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.geteuid() or there.st_mode & 0o077:
             raise Refused(f"{self.folder}: is there, and no folder that root alone may enter")
-        lock = os.open(f"{self.folder}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    os.close(lock)
-                    raise Refused("another run is at work on this machine") from None
-                time.sleep(0.05)
-            else:
-                self._lock = lock
-                return
+        path = f"{self.folder}/lock"
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.path.samestat(os.fstat(lock), os.lstat(path))
+        except BaseException:
+            os.close(lock)
+            raise
+        if not same:
+            os.close(lock)
+        return lock if same else -1
 
     def begin(self, who: str, trees: list[str], units: list[str]) -> None:
         """Keep all that is to be as it is now. Nothing may be changed before this has returned."""
@@ -235,13 +246,17 @@ class Journal:
         self._marks = {}
 
     def _leave(self) -> None:
-        """Remove the folder, and let go of it. Raises Refused."""
+        """Remove the folder, and let go of it, where nobody else has begun to use it by then. Raises Refused."""
         try:
             self._clear()
             os.unlink(f"{self.folder}/lock")
         finally:
             self._drop()
-        os.rmdir(self.folder)
+        try:
+            os.rmdir(self.folder)
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT}:
+                raise
 
     def _clear(self) -> None:
         """Remove all but the lock: what an earlier run began, before it changed anything. Raises Refused."""
