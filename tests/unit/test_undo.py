@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import pytest
 
 from lsmlab.guest import agent, files, kernel, undo
 from lsmlab.guest.agent import Refused
+from lsmlab.guest.files import Problems
 from lsmlab.guest.undo import Journal
 
 AUDITCTL = """#!/bin/sh
@@ -215,7 +218,7 @@ def test_what_is_not_kept_leaves_no_draft_behind(place: Place) -> None:
     rewrite(place.etc)
     for path in (Path(place.journal) / "objects").iterdir():
         path.unlink()
-    with pytest.raises(Exception, match="objects"):
+    with pytest.raises(Refused, match="shadow: No such file or directory"):
         journal.end()
     assert not list(place.etc.rglob(f"{files.DRAFT}*"))
     assert (place.etc / "shadow").read_text() == "root:secret\nlsmlab-canary\n"
@@ -467,6 +470,109 @@ def test_what_something_else_changes_again_and_again_is_named(place: Place, monk
     assert (Path(place.journal) / "journal.json").exists(), "it is still to be undone"
 
 
+# What cannot be put back
+
+
+def test_sockets_and_pipes_are_in_nobody_s_way(place: Place) -> None:
+    furnish(place.etc)
+    os.mkfifo(place.etc / "pipe", 0o600)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(place.etc / "socket"))
+    journal = place.begin()
+    (place.etc / "pipe").unlink()
+    (place.etc / "pipe").write_text("a file in its place\n")
+    (place.etc / "socket").unlink()
+    os.mkfifo(place.etc / "new", 0o600)
+    rewrite(place.etc)
+    journal.end()
+    there = {path.name for path in place.etc.iterdir()}
+    assert not there & {"pipe", "socket", "new"}
+    assert (place.etc / "shadow").read_text() == "root:secret\n"
+
+
+def test_a_device_that_is_gone_is_made_anew(place: Place) -> None:
+    path = place.etc / "device"
+    os.mknod(path, stat.S_IFCHR | 0o640, os.makedev(0, 0))  # the one that everybody may make
+    before = look(place.etc)
+    journal = place.begin()
+    path.unlink()
+    path.write_text("x")
+    journal.end()
+    assert look(place.etc) == before
+
+
+def test_a_pipe_that_stays_gets_its_rights_back_and_its_time_is_its_own(place: Place) -> None:
+    pipe = place.etc / "pipe"
+    os.mkfifo(pipe, 0o600)
+    journal = place.begin()
+    os.utime(pipe, ns=(1, 10**18))
+    assert journal.restore("") == []
+    pipe.chmod(0o666)
+    journal.end()
+    assert stat.S_IMODE(pipe.stat().st_mode) == 0o600
+
+
+def test_one_file_that_cannot_be_put_back_keeps_nothing_else_from_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    furnish(place.etc)
+    before = look(place.etc)
+    journal = place.begin()
+    for change in (change_rights, rewrite, make_and_remove):
+        change(place.etc)
+    kernel.audit_as_needed([OURS])
+    place.unit("active", "second")
+    real = files._dress
+
+    def dress(path: str, entry: files.Entry) -> None:
+        if entry.get("digest") == hashlib.sha256(b"root:secret\n").hexdigest():
+            raise PermissionError(1, "Operation not permitted", path)
+        real(path, entry)
+
+    monkeypatch.setattr(files, "_dress", dress)
+    with pytest.raises(Refused, match=f"not as it was: {place.etc}/shadow: Operation not permitted; "):
+        journal.end()
+    after = look(place.etc)
+    assert {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)} == {"shadow"}
+    assert place.rules() == [OWN_RULE]
+    assert place.asked[-1] == "start a.service"
+    journal._drop()
+    monkeypatch.setattr(files, "_dress", real)
+    again = Journal(place.journal)
+    assert again.take_up(force=True)
+    again.end()
+    assert look(place.etc) == before
+
+
+def test_auditing_that_cannot_be_asked_keeps_no_service_stopped(place: Place) -> None:
+    furnish(place.etc)
+    before = look(place.etc)
+    journal = place.begin()
+    rewrite(place.etc)
+    place.unit("active", "second")
+    program = place.folder / "bin" / "auditctl"
+    program.write_text("#!/bin/sh\necho gone >&2; exit 1\n")
+    with pytest.raises(Refused, match="not as it was: auditctl -l: exit status 1: gone"):
+        journal.end()
+    assert look(place.etc) == before
+    assert place.asked[-1] == "start a.service"
+    program.write_text(AUDITCTL)
+    journal.end()
+    assert not Path(place.journal).exists()
+
+
+def test_what_is_too_large_to_keep_can_still_be_taken_away(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    furnish(place.etc)
+    before = look(place.etc)
+    journal = place.begin()
+    monkeypatch.setattr(files, "MOST_BYTES", 1000)
+    monkeypatch.setattr(files, "MOST_ENTRIES", 3)
+    (place.etc / "shadow").write_bytes(bytes(2000))
+    (place.etc / "new").write_bytes(bytes(2000))
+    journal.end()
+    assert look(place.etc) == before
+
+
 # Services and auditing
 
 
@@ -527,7 +633,7 @@ def test_booleans_are_set_back_and_committed(place: Place) -> None:
     boolean_files(folder, one="0 0", two="1 1")
     (folder / "booleans" / "one").write_text("1 1")
     done = kernel.put_selinux_back(
-        {"enforce": "1", "booleans": {"one": "0", "two": "1"}}, kernel.selinux(policy=False) or {}
+        {"enforce": "1", "booleans": {"one": "0", "two": "1"}}, kernel.selinux(policy=False) or {}, Problems()
     )
     assert done == ["boolean one"]
     assert (folder / "booleans" / "one").read_text()[:1] == "0"
@@ -577,21 +683,27 @@ def test_a_profile_of_ours_is_removed_and_a_changed_one_is_loaded_from_its_own_c
     assert was is not None and now is not None
     wrong = kernel.differences({"selinux": None, "apparmor": was}, {"selinux": None, "apparmor": now})
     assert wrong == ["AppArmor: another audit parameter", "profile kept: another", "profile ours: another"]
-    done = kernel.put_apparmor_back(was, now, kept.__getitem__)
+    done = kernel.put_apparmor_back(was, now, kept.__getitem__, Problems())
     assert done == ["profile ours", "profile kept", "AppArmor's audit parameter"]
     assert (apparmor / ".remove").read_text() == "ours"
     assert (apparmor / ".replace").read_bytes() == b"blob"
     assert (place.folder / "apparmor-audit").read_text().startswith("normal")
 
 
-def test_a_profile_whose_content_the_kernel_does_not_give_is_an_error_that_names_it(apparmor: Path) -> None:
+def test_a_profile_whose_content_the_kernel_does_not_give_is_named_and_the_rest_goes_on(
+    place: Place, apparmor: Path
+) -> None:
     profile(apparmor, "opaque", blob=None)
     was = kernel.apparmor(saved({}))
     (apparmor / "policy" / "profiles" / "opaque.1" / "mode").write_text("complain")
     now = kernel.apparmor(None)
     assert was is not None and now is not None
-    with pytest.raises(Refused, match="profile opaque: was changed"):
-        kernel.put_apparmor_back(was, now, str.encode)
+    problems = Problems()
+    (place.folder / "apparmor-audit").write_text("noquiet\n")
+    assert kernel.put_apparmor_back(was, kernel.apparmor(None) or {}, str.encode, problems) == [
+        "AppArmor's audit parameter"
+    ]
+    assert problems.words == ["profile opaque: was changed, and this kernel does not give what it was loaded from"]
 
 
 def test_what_a_command_of_a_service_left_behind_is_ended(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from lsmlab.guest import agent, files, kernel
 from lsmlab.guest.agent import Refused
-from lsmlab.guest.files import Trees
+from lsmlab.guest.files import Problems, Trees
 
 FOLDER = "/var/lib/lsmlab"
 FORMAT = 1
@@ -123,20 +123,34 @@ class Journal:
             "format": FORMAT, "who": who, "begun": time.strftime("%Y-%m-%d %H:%M:%S"), "trees": trees,
             "single": [path for path in single if not path.startswith(TRANSIENT)],
         }  # fmt: skip
-        base = self._look(units, keep=True, policy=True)
+        base = self._kept(units, policy=True)
         self._marks = {"": base}
         text = json.dumps({**self._about, "base": base})
         _write_durably(self._file, text)
 
-    def _look(self, units: list[str], *, keep: bool = False, policy: bool = False) -> Mark:
+    def _parts(self, units: list[str], *, keep: bool = False, policy: bool = False) -> dict[str, Callable[[], Any]]:
+        """How each part of a mark is looked at."""
         save = self._save if keep else None
         return {
-            "files": self._trees.scan(self._about["trees"], self._about["single"], keep=keep),
-            "selinux": kernel.selinux(policy=policy),
-            "apparmor": kernel.apparmor(save),
-            "audit": kernel.audit_rules(),
-            "units": kernel.units(units),
+            "files": lambda: self._trees.scan(self._about["trees"], self._about["single"], keep=keep),
+            "selinux": lambda: kernel.selinux(policy=policy),
+            "apparmor": lambda: kernel.apparmor(save),
+            "audit": kernel.audit_rules,
+            "units": lambda: kernel.units(units),
         }
+
+    def _kept(self, units: list[str], *, policy: bool = False) -> Mark:
+        """How all is now, with the contents kept. Raises Refused, OSError."""
+        return {name: look() for name, look in self._parts(units, keep=True, policy=policy).items()}
+
+    def _seen(self, was: Mark, problems: Problems) -> Mark:
+        """How all is now. A part that cannot be looked at is a problem, and taken for what it was."""
+        policy = bool(was["selinux"] and "policy" in was["selinux"])
+        seen = dict(was)
+        for name, look in self._parts(list(was["units"]), policy=policy).items():
+            with problems.going_on(name):
+                seen[name] = look()
+        return seen
 
     def _at_work(self) -> None:
         """Note, for whoever undoes this, that the run is still at work."""
@@ -166,7 +180,7 @@ class Journal:
         """Remember how all is now. Raises Refused."""
         if not name or "" not in self._marks:
             raise Refused("nothing was begun")
-        self._marks[name] = self._look(list(self._marks[""]["units"]), keep=True)
+        self._marks[name] = self._kept(list(self._marks[""]["units"]))
         self._at_work()
 
     def restore(self, name: str) -> list[str]:
@@ -175,29 +189,40 @@ class Journal:
         if was is None:
             raise Refused(f"no mark {name!r}")
         self._end_strays()
-        self._at_work()
-        names = list(was["units"])
-        policy = bool(was["selinux"] and "policy" in was["selinux"])
-        done = [f"{unit} stopped" for unit in kernel.stop_changed(was["units"], kernel.units(names))]
+        done = []
+        aside = Problems()  # what is wrong is seen in the passes
+        with aside.going_on("lock"):
+            self._at_work()
+        with aside.going_on("units"):
+            stopped = kernel.stop_changed(was["units"], kernel.units(list(was["units"])), aside)
+            done += [f"{unit} stopped" for unit in stopped]
+        words: list[str] = []
         for _ in range(PASSES):
-            now = self._look(names, policy=policy)
+            problems = Problems()
+            now = self._seen(was, problems)
             wrong = _differences(was, now)
-            if not wrong:
+            if not wrong and not problems.words:
                 return done
-            done += self._put_back(was, now)
-        raise Refused("not as it was: " + "; ".join(wrong[:MOST_NAMED]))
+            done += self._put_back(was, now, problems)
+            words = [*problems.words, *wrong]
+        more = [f"and {len(words) - MOST_NAMED} more"] if len(words) > MOST_NAMED else []
+        raise Refused("not as it was: " + "; ".join([*words[:MOST_NAMED], *more]))
 
-    def _put_back(self, was: Mark, now: Mark) -> list[str]:
-        done = self._trees.put_back(was["files"], now["files"])
+    def _put_back(self, was: Mark, now: Mark, problems: Problems) -> list[str]:
+        """Put back all that differs, part by part; what cannot be is noted, and keeps no other from it."""
+        done = self._trees.put_back(was["files"], now["files"], problems)
         if any(path.startswith("/etc/systemd/") for path in done):
-            kernel.program("systemctl", "daemon-reload")
+            with problems.going_on("systemctl"):
+                kernel.program("systemctl", "daemon-reload")
         if was["selinux"] and now["selinux"]:
-            done += kernel.put_selinux_back(was["selinux"], now["selinux"])
+            done += kernel.put_selinux_back(was["selinux"], now["selinux"], problems)
         if was["apparmor"] and now["apparmor"]:
-            done += kernel.put_apparmor_back(was["apparmor"], now["apparmor"], self._load)
-        done += kernel.put_audit_back(was["audit"], now["audit"])
-        if not kernel.stop_changed(was["units"], now["units"]):
-            done += [f"{unit} started" for unit in kernel.start_again(was["units"], now["units"])]
+            done += kernel.put_apparmor_back(was["apparmor"], now["apparmor"], self._load, problems)
+        done += kernel.put_audit_back(was["audit"], now["audit"], problems)
+        with problems.going_on("units"):
+            names = list(was["units"])
+            kernel.stop_changed(was["units"], kernel.units(names), problems)
+            done += [f"{unit} started" for unit in kernel.start_again(was["units"], kernel.units(names), problems)]
         return done
 
     def _end_strays(self) -> None:
