@@ -212,6 +212,33 @@ def test_a_second_journal_of_one_agent_keeps_all_once_more(place: Place) -> None
         assert look(place.etc) == before, change
 
 
+def test_a_second_begin_of_one_agent_leaves_the_first_as_it_is(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(undo, "LOCK_SECONDS", 0.2)
+    furnish(place.etc)
+    before = look(place.etc)
+    journal = place.begin()
+    rewrite(place.etc)
+    with pytest.raises(Refused, match="has not ended"):
+        journal.begin("somebody", [str(place.etc)], ["a.service"])
+    with pytest.raises(Refused, match="another run is at work"):
+        Journal(place.journal).hold()
+    assert journal.take_up(who="another")
+    journal.end()
+    assert look(place.etc) == before
+    assert journal.end() == [], "nothing is begun"
+    for late in (journal.mark, journal.restore):
+        with pytest.raises(Refused, match=r"nothing was begun|no mark"):
+            late("ready")
+
+
+def test_who_lost_a_connection_undoes_no_other_s_journal(place: Place) -> None:
+    place.begin()._drop()
+    rewrite(place.etc)
+    assert not Journal(place.journal).take_up(who="somebody else")
+    assert Journal(place.journal).status() is not None
+    assert Journal(place.journal).take_up(who="somebody")
+
+
 def test_what_is_not_kept_leaves_no_draft_behind(place: Place) -> None:
     furnish(place.etc)
     journal = place.begin()

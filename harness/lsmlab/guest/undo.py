@@ -101,6 +101,8 @@ class Journal:
 
     def begin(self, who: str, trees: list[str], units: list[str]) -> None:
         """Keep all that is to be as it is now. Nothing may be changed before this has returned."""
+        if self._marks:
+            raise Refused("what was begun here has not ended")
         self.hold()
         if self.status() is not None:
             self._drop()
@@ -233,7 +235,12 @@ class Journal:
                     os.kill(int(entry), signal.SIGKILL)
 
     def end(self) -> list[str]:
-        """Go back to the beginning, verify every byte of it, and leave nothing behind; what was put back."""
+        """Go back to the beginning, verify every byte of it, and leave nothing behind; what was put back.
+
+        Where nothing was begun, nothing is done.
+        """
+        if not self._marks:
+            return []
         self._trees.forget()
         done = self.restore("")
         os.sync()
@@ -241,16 +248,23 @@ class Journal:
         self._leave()
         return done
 
-    def take_up(self, *, force: bool = False) -> bool:
+    def take_up(self, *, force: bool = False, who: str = "") -> bool:
         """Read the journal that a killed run has left. False where there is none, and what was begun is removed.
 
         Refused where somebody has changed what is kept since that run; with `force`, that is put back as well.
+        `who`: only where it is theirs.
         """
+        if self._marks:  # it is our own
+            return True
         if not os.path.isdir(self.folder):
             return False
         self.hold()
-        if self.status() is None:
+        there = self.status()
+        if there is None:
             self._leave()
+            return False
+        if who and there["who"] != who:
+            self._drop()
             return False
         with open(self._file, encoding="ascii") as source:
             about = json.load(source)
@@ -391,9 +405,12 @@ def end() -> list[str]:
     return _journal.end()
 
 
-def undo(force: bool = False) -> list[str] | None:
-    """Undo what a killed run has left; None where there is nothing. `force`: what others changed since as well."""
-    return _journal.end() if _journal.take_up(force=force) else None
+def undo(force: bool = False, who: str = "") -> list[str] | None:
+    """Undo what a killed run has left; None where there is nothing. `force`: what others changed since as well.
+
+    `who`: only what this one has begun.
+    """
+    return _journal.end() if _journal.take_up(force=force, who=who) else None
 
 
 def clock(seconds: float) -> None:
