@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -231,6 +232,66 @@ def test_a_second_begin_of_one_agent_leaves_the_first_as_it_is(place: Place, mon
             late("ready")
 
 
+def test_what_is_asked_at_once_is_done_one_after_the_other(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    furnish(place.etc)
+    before = look(place.etc)
+    journal = place.begin()
+    journal.mark("ready")
+    rewrite(place.etc)
+    inside, at_once = [0], [0]
+    real = files.Trees.scan
+
+    def scan(self: files.Trees, *arguments: Any, **named: Any) -> dict[str, files.Entry]:
+        inside[0] += 1
+        at_once[0] = max(at_once[0], inside[0])
+        time.sleep(0.05)
+        found = real(self, *arguments, **named)
+        inside[0] -= 1
+        return found
+
+    monkeypatch.setattr(files.Trees, "scan", scan)
+    said: list[Exception] = []
+
+    def ask(do: Any, *arguments: str) -> None:
+        try:
+            do(*arguments)
+        except Refused as error:
+            said.append(error)
+
+    work = [(journal.restore, "ready"), (journal.mark, "other"), (journal.end,), (journal.restore, "ready")]
+    threads = [threading.Thread(target=ask, args=asked) for asked in work]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.01)
+    for thread in threads:
+        thread.join(30)
+    assert at_once == [1]
+    assert {str(error) for error in said} <= {"no mark 'ready'", "nothing was begun"}, "a late one is refused"
+    assert look(place.etc) == before
+    assert not Path(place.journal).exists()
+
+
+def test_an_end_that_comes_while_it_begins_waits_and_undoes(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(place.journal)
+    monkeypatch.setattr(undo, "_journal", journal)
+    real = kernel.audit_as_needed
+
+    def slowly(rules: list[list[str]]) -> None:
+        time.sleep(0.3)
+        real(rules)
+
+    monkeypatch.setattr(kernel, "audit_as_needed", slowly)
+    monkeypatch.setattr(agent, "VEHICLE", agent.VEHICLE)
+    thread = threading.Thread(target=undo.begin, args=("x", [str(place.etc)], ["a.service"], [], [OURS]))
+    thread.start()
+    while not Path(place.journal, "vehicle").exists():
+        time.sleep(0.01)
+    assert "1 audit rules" in undo.end()
+    thread.join(10)
+    assert place.rules() == [OWN_RULE]
+    assert not Path(place.journal).exists()
+
+
 def test_who_lost_a_connection_undoes_no_other_s_journal(place: Place) -> None:
     place.begin()._drop()
     rewrite(place.etc)
@@ -410,18 +471,23 @@ def test_two_at_once_are_told_apart_from_one_that_was_killed(place: Place, monke
         Journal(place.journal).take_up()
 
 
-def test_who_waits_for_a_lock_that_is_removed_waits_for_the_next_one(place: Place) -> None:
+def test_a_lock_that_was_removed_before_it_is_had_is_none(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, third = (Journal(place.journal) for _ in range(3))
     first.hold()
-    thread = threading.Thread(target=second.hold)
-    thread.start()
-    time.sleep(0.2)  # it waits for the first's file
-    first._leave()
-    third.hold()
-    held = third._lock >= 0 and second._lock < 0
-    third._leave() if held else None
-    thread.join(10)
-    assert held and second._lock >= 0
+    real = fcntl.flock
+
+    def flock(file: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
+        first._leave()  # the file that the second has opened is gone, and the third has another
+        third.hold()
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(undo, "LOCK_SECONDS", 0.2)
+    with pytest.raises(Refused, match="another run is at work"):
+        second.hold()
+    third._leave()
+    second.hold()
     second._leave()
     assert not Path(place.journal).exists()
 

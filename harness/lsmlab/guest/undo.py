@@ -10,15 +10,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
 import signal
 import stat
+import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from lsmlab.guest import agent, files, kernel
 from lsmlab.guest.agent import Refused
@@ -39,11 +41,27 @@ TRANSIENT = ("/run", "/tmp", "/var/tmp")  # noqa: S108 - folders whose own times
 Mark = dict[str, Any]
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _one_by_one(method: Method) -> Method:
+    """Have what is asked of one journal be done one after the other, each from its beginning to its end."""
+
+    @functools.wraps(method)
+    def alone(self: Journal, *arguments: Any, **named: Any) -> Any:
+        with self.turn:
+            return method(self, *arguments, **named)
+
+    return cast("Method", alone)
+
+
 class Journal:
-    """The journal of this machine, held by one agent at a time."""
+    """The journal of this machine, held by one agent at a time. Safe for all threads."""
 
     def __init__(self, folder: str = "") -> None:
         self.folder = folder or FOLDER
+        self.turn = threading.RLock()
+        """Who has it is the only one that changes anything."""
         self._lock = -1
         self._trees = Trees(f"{self.folder}/objects")
         self._marks: dict[str, Mark] = {}
@@ -99,6 +117,7 @@ class Journal:
             os.close(lock)
         return lock if same else -1
 
+    @_one_by_one
     def begin(self, who: str, trees: list[str], units: list[str]) -> None:
         """Keep all that is to be as it is now. Nothing may be changed before this has returned."""
         if self._marks:
@@ -178,6 +197,7 @@ class Journal:
         with open(f"{self.folder}/objects/{name}", "rb") as source:
             return source.read()
 
+    @_one_by_one
     def mark(self, name: str) -> None:
         """Remember how all is now. Raises Refused."""
         if not name or "" not in self._marks:
@@ -185,6 +205,7 @@ class Journal:
         self._marks[name] = self._kept(list(self._marks[""]["units"]))
         self._at_work()
 
+    @_one_by_one
     def restore(self, name: str) -> list[str]:
         """Have all be as it was at a mark, and see that it is; what was put back. Raises Refused."""
         was = self._marks.get(name)
@@ -234,6 +255,7 @@ class Journal:
                 if int(agent.text_of(f"/proc/{entry}/loginuid")) in self.auids:
                     os.kill(int(entry), signal.SIGKILL)
 
+    @_one_by_one
     def end(self) -> list[str]:
         """Go back to the beginning, verify every byte of it, and leave nothing behind; what was put back.
 
@@ -248,6 +270,7 @@ class Journal:
         self._leave()
         return done
 
+    @_one_by_one
     def take_up(self, *, force: bool = False, who: str = "") -> bool:
         """Read the journal that a killed run has left. False where there is none, and what was begun is removed.
 
@@ -379,15 +402,16 @@ def begin(who: str, trees: list[str], units: list[str], profiles: list[str], rul
     used = kernel.users_of(profiles, units)
     if used:
         raise Refused(f"{used}, which is no process of {', '.join(units)}: it would lose its confinement")
-    _journal.begin(who, trees, units)
-    try:
-        agent.VEHICLE = f"{_journal.folder}/vehicle"
-        with open(agent.VEHICLE, "xb"):  # what the rule on commands run as a service watches
-            pass
-        kernel.audit_as_needed(rules)
-    except BaseException:
-        _journal.end()
-        raise
+    with _journal.turn:
+        _journal.begin(who, trees, units)
+        try:
+            agent.VEHICLE = f"{_journal.folder}/vehicle"
+            with open(agent.VEHICLE, "xb"):  # what the rule on commands run as a service watches
+                pass
+            kernel.audit_as_needed(rules)
+        except BaseException:
+            _journal.end()
+            raise
 
 
 def mark(name: str) -> None:
@@ -410,7 +434,8 @@ def undo(force: bool = False, who: str = "") -> list[str] | None:
 
     `who`: only what this one has begun.
     """
-    return _journal.end() if _journal.take_up(force=force, who=who) else None
+    with _journal.turn:
+        return _journal.end() if _journal.take_up(force=force, who=who) else None
 
 
 def clock(seconds: float) -> None:
