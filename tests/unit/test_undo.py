@@ -566,6 +566,40 @@ def test_what_something_else_changes_again_and_again_is_named(place: Place, monk
 # What cannot be put back
 
 
+class Elsewhere:
+    """What lstat says of a folder, as if another file system were mounted there."""
+
+    def __init__(self, there: os.stat_result) -> None:
+        self._there = there
+        self.st_dev = there.st_dev + 1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._there, name)
+
+
+def test_a_mount_below_what_is_kept_is_named_and_nothing_is_begun(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    furnish(place.etc)
+    before = look(place.etc)
+    mounted = f"{place.etc}/sub/deep"
+    real = files._lstat
+
+    def lstat(path: str) -> Any:
+        there = real(path)
+        return Elsewhere(there) if there is not None and path.startswith(mounted) else there
+
+    monkeypatch.setattr(files, "_lstat", lstat)
+    with pytest.raises(Refused, match=f"{mounted}: another file system is mounted there"):
+        place.begin()
+    assert not Path(place.journal).exists()
+    assert look(place.etc) == before
+    trees = files.Trees(str(place.folder))
+    assert f"{mounted}/file" not in trees.scan([str(place.etc)], []), "as far as it is looked at"
+    monkeypatch.setattr(files.Trees, "_keep", lambda *_: None)
+    assert f"{mounted}/file" in trees.scan([str(place.etc), mounted], [], keep=True), "a tree of its own"
+
+
 def test_sockets_and_pipes_are_in_nobody_s_way(place: Place) -> None:
     furnish(place.etc)
     os.mkfifo(place.etc / "pipe", 0o600)

@@ -73,8 +73,10 @@ class Trees:
     def scan(self, trees: Iterable[str], single: Iterable[str], *, keep: bool = False) -> dict[str, Entry]:
         """Every file of `trees`, and each of `single` without what is in it. What is absent is not in the answer.
 
-        `keep`: see that the contents are in the objects. Mounts below a tree are not entered.
+        `keep`: see that the contents are in the objects. Mounts below a tree are not entered; with `keep` they are
+        refused, but for a tree of its own: what is in them would not be put back.
         """
+        trees = tuple(trees)
         found: dict[str, Entry] = {}
         left = list(trees)
         devices = {path: there.st_dev for path in left if (there := _lstat(path)) is not None}
@@ -86,6 +88,8 @@ class Trees:
             if keep and len(found) > MOST_ENTRIES:
                 raise Refused(f"{path}: more than {MOST_ENTRIES} files would have to be kept")
             device = devices.setdefault(path, there.st_dev)
+            if keep and stat.S_ISDIR(there.st_mode) and there.st_dev != device and path not in trees:
+                raise Refused(f"{path}: another file system is mounted there, or a subvolume, and would not be kept")
             if stat.S_ISDIR(there.st_mode) and there.st_dev == device:
                 with contextlib.suppress(FileNotFoundError if keep else OSError):
                     for name in os.listdir(path):
