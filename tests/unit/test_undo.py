@@ -37,7 +37,9 @@ SYSTEMCTL = """#!/bin/sh
 unit=$LSMLAB_TEST/unit
 echo "$*" >> $LSMLAB_TEST/asked
 case $1 in
-show) echo LoadState=loaded; cat $unit ;;
+show) for last; do :; done
+    echo LoadState=loaded
+    if [ -e $unit-$last ]; then cat $unit-$last; else cat $unit; fi ;;
 stop) printf 'ActiveState=inactive\\nInvocationID=\\n' > $unit ;;
 start) printf 'ActiveState=active\\nInvocationID=%s\\n' $(wc -l < $LSMLAB_TEST/asked) > $unit ;;
 reset-failed) ;;
@@ -719,6 +721,26 @@ def test_a_service_that_did_not_run_does_not_run(place: Place) -> None:
     place.unit("active", "second")
     journal.end()
     assert [line for line in place.asked if not line.startswith("reset")] == ["stop a.service"]
+
+
+@pytest.mark.parametrize("how", kernel.STOPPED_ALONG)
+def test_a_service_that_runs_and_would_be_stopped_along_is_named(
+    place: Place, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    journal = Journal(place.journal)
+    monkeypatch.setattr(undo, "_journal", journal)
+    monkeypatch.setattr(agent, "VEHICLE", agent.VEHICLE)
+    (place.state / "unit-a.service").write_text(f"ActiveState=active\nInvocationID=1\n{how}=b.service c.service\n")
+    (place.state / "unit-b.service").write_text("ActiveState=inactive\nInvocationID=\n")
+    (place.state / "unit-c.service").write_text("ActiveState=active\nInvocationID=3\n")
+    with pytest.raises(Refused, match=r"^c\.service: would be stopped with a\.service, and not started again"):
+        undo.begin("x", [str(place.etc)], ["a.service"], [], [OURS])
+    assert not Path(place.journal).exists() and place.asked == []
+    undo.begin("x", [str(place.etc)], ["a.service", "c.service"], [], [OURS])
+    undo.end()
+    (place.state / "unit-c.service").write_text("ActiveState=inactive\nInvocationID=\n")
+    undo.begin("x", [str(place.etc)], ["a.service"], [], [OURS])
+    undo.end()
 
 
 def test_a_service_that_was_let_alone_is_let_alone(place: Place) -> None:

@@ -239,6 +239,22 @@ def _without(these: list[str], others: list[str]) -> list[str]:
 
 # Services
 
+STOPPED_ALONG = ("RequiredBy", "RequisiteOf", "BoundBy", "ConsistsOf", "PropagatesStopTo")
+"""Properties of a unit that name those that systemd stops with it, and does not start again."""
+
+
+def stopped_along(names: list[str]) -> list[str]:
+    """The active units besides `names` that a stop of one of these stops as well."""
+    others: dict[str, None] = {}
+    for name in names:
+        shown = program("systemctl", "show", f"--property={','.join(STOPPED_ALONG)}", name)
+        for line in shown.split("\n"):
+            key, _, value = line.partition("=")
+            if key in STOPPED_ALONG:
+                others |= dict.fromkeys(value.split())
+    found = [name for name in others if name not in names]
+    return [name for name, state in units(found).items() if state["active"]]
+
 
 def units(names: list[str]) -> dict[str, State]:
     """Whether each unit is active, and as which invocation."""

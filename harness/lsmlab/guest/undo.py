@@ -402,6 +402,9 @@ def begin(who: str, trees: list[str], units: list[str], profiles: list[str], rul
     used = kernel.users_of(profiles, units)
     if used:
         raise Refused(f"{used}, which is no process of {', '.join(units)}: it would lose its confinement")
+    others = kernel.stopped_along(units)
+    if others:
+        raise Refused(f"{', '.join(others)}: would be stopped with {', '.join(units)}, and not started again")
     with _journal.turn:
         _journal.begin(who, trees, units)
         try:
