@@ -855,6 +855,34 @@ def test_a_profile_whose_content_the_kernel_does_not_give_is_named_and_the_rest_
     assert problems.words == ["profile opaque: was changed, and this kernel does not give what it was loaded from"]
 
 
+@pytest.mark.parametrize("lacking", ["raw_data", "sha256"])
+def test_a_loaded_profile_that_could_not_be_put_back_is_not_taken_away(
+    place: Place, apparmor: Path, lacking: str
+) -> None:
+    here = apparmor / "policy" / "profiles" / "kept.1"
+    journal = Journal(place.journal)
+    journal.begin("x", [str(place.etc)], [], ["kept", "not-loaded"])
+    journal.end()
+    (here / lacking).unlink()
+    with pytest.raises(Refused, match="profile kept: this kernel does not give"):
+        journal.begin("x", [str(place.etc)], [], ["kept", "not-loaded"])
+    assert not Path(place.journal).exists()
+    journal.begin("x", [str(place.etc)], [], ["another"])
+    journal.end()
+
+
+def test_a_child_of_a_profile_comes_with_it_and_needs_its_digest_alone(place: Place, apparmor: Path) -> None:
+    child = apparmor / "policy" / "profiles" / "kept.1" / "profiles" / "child.2"
+    child.mkdir(parents=True)
+    for file, text in (("name", "child"), ("mode", "enforce"), ("sha256", "d3")):
+        (child / file).write_text(f"{text}\n")
+    state = kernel.apparmor(saved({}))
+    assert kernel.not_kept(state, ["kept"]) == []
+    (child / "sha256").unlink()
+    assert kernel.not_kept(kernel.apparmor(saved({})), ["kept"]) == ["kept//child"]
+    assert kernel.not_kept(None, ["kept"]) == []
+
+
 def test_what_a_command_of_a_service_left_behind_is_ended(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = place.begin()
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:

@@ -128,6 +128,16 @@ def _blob(folder: str, save: Save) -> str:
         return ""  # this kernel does not give it: see `put_apparmor_back`
 
 
+def not_kept(state: State | None, names: list[str]) -> list[str]:
+    """Those of the profiles `names` that are loaded and could not be put back, or not be seen to be."""
+    loaded = state["profiles"] if state else {}
+    return [
+        full for full, profile in loaded.items()
+        if (full if not profile["parent"] else full.partition("//")[0]) in names
+        and not (profile["digest"] and (profile["blob"] or profile["parent"]))
+    ]  # fmt: skip
+
+
 def put_apparmor_back(was: State, now: State, load: Load, problems: Problems) -> list[str]:
     """Have the kernel hold the profiles that it held, each from the very content that it was loaded from."""
     done = []

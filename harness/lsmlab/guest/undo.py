@@ -19,7 +19,7 @@ import signal
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 from lsmlab.guest import agent, files, kernel
@@ -118,8 +118,11 @@ class Journal:
         return lock if same else -1
 
     @_one_by_one
-    def begin(self, who: str, trees: list[str], units: list[str]) -> None:
-        """Keep all that is to be as it is now. Nothing may be changed before this has returned."""
+    def begin(self, who: str, trees: list[str], units: list[str], profiles: Iterable[str] = ()) -> None:
+        """Keep all that is to be as it is now. Nothing may be changed before this has returned.
+
+        `profiles`: will be removed or replaced. Raises Refused, OSError.
+        """
         if self._marks:
             raise Refused("what was begun here has not ended")
         self.hold()
@@ -127,12 +130,12 @@ class Journal:
             self._drop()
             raise Refused("the journal of another run is there")
         try:
-            self._keep_all(who, trees, units)
+            self._keep_all(who, trees, units, list(profiles))
         except BaseException:  # nothing was changed
             self._leave()
             raise
 
-    def _keep_all(self, who: str, trees: list[str], units: list[str]) -> None:
+    def _keep_all(self, who: str, trees: list[str], units: list[str], profiles: list[str]) -> None:
         self._clear()
         os.mkdir(f"{self.folder}/objects", 0o700)
         self._trees = Trees(f"{self.folder}/objects")  # of an earlier journal nothing is kept any more
@@ -145,6 +148,11 @@ class Journal:
             "single": [path for path in single if not path.startswith(TRANSIENT)],
         }  # fmt: skip
         base = self._kept(units, policy=True)
+        lost = kernel.not_kept(base["apparmor"], profiles)
+        if lost:
+            raise Refused(
+                f"profile {', '.join(lost)}: this kernel does not give what it was loaded from, or its digest"
+            )
         self._marks = {"": base}
         text = json.dumps({**self._about, "base": base})
         _write_durably(self._file, text)
@@ -406,7 +414,7 @@ def begin(who: str, trees: list[str], units: list[str], profiles: list[str], rul
     if others:
         raise Refused(f"{', '.join(others)}: would be stopped with {', '.join(units)}, and not started again")
     with _journal.turn:
-        _journal.begin(who, trees, units)
+        _journal.begin(who, trees, units, profiles)
         try:
             agent.VEHICLE = f"{_journal.folder}/vehicle"
             with open(agent.VEHICLE, "xb"):  # what the rule on commands run as a service watches
