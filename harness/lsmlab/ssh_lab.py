@@ -26,6 +26,8 @@ from lsmlab.terms import Framework, Kernel
 
 RULES_LOCKED = 2
 """audit_enabled: no rule may be added before the next boot."""
+PANICS = "failure 2"
+"""As `auditctl -s` says it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +116,15 @@ def _see_auditing(channel: SshChannel) -> None:
             f"{channel.name}: the audit rules are locked there until the next boot (auditctl -e 2)",
             hint="Evidence needs rules on refused calls: take `-e 2` out of /etc/audit/rules.d, and boot it.",
         )
-    if not channel.run(["auditctl", "-l"]).ok:
-        raise MachineError(f"{channel.name}: `auditctl -l` fails there", hint=advice)
+    for option in ("-l", "-s"):
+        answer = channel.run(["auditctl", option])
+        if not answer.ok:
+            raise MachineError(f"{channel.name}: `auditctl {option}` fails there", hint=advice)
+    if PANICS in answer.out.splitlines():
+        raise MachineError(
+            f"{channel.name}: it panics where an audit record is lost (auditctl: {PANICS})",
+            hint="A run makes many records: `auditctl -f 1` there, if that is wanted.",
+        )
 
 
 def lab_for(found: Found, names: str | None) -> Lab:

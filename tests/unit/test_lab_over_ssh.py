@@ -36,6 +36,7 @@ class Machine(ScriptedChannel):
         commands: list[tuple[str, Answer]] = [
             *answers, ("cat /etc/os-release", said(TRIXIE)), ("uname -r", said("6.12\n")),
             ("cat /proc/cmdline", said("quiet\n")), ("auditctl -l", said("No rules\n")),
+            ("auditctl -s", said("enabled 1\nfailure 1\npid 7\n")),
             ("systemctl show", said("{ path=/usr/sbin/nginx ; argv[]=x }\n")),
         ]  # fmt: skip
         super().__init__(commands, usual | asked)
@@ -106,6 +107,17 @@ def test_a_machine_that_will_not_do_is_told_why_and_what_to_do(
     assert why in caught.value.message
     assert hint in caught.value.hint
     assert machine.written == {} and machine.closed
+
+
+def test_a_machine_that_would_panic_or_says_nothing_of_its_rules_is_refused(reach: Reach) -> None:
+    for option, answer, why in (
+        ("-s", said("enabled 1\nfailure 2\npid 7\n"), "it panics where an audit record is lost"),
+        ("-s", said(code=1), "`auditctl -s` fails there"), ("-l", said(code=1), "`auditctl -l` fails there"),
+    ):  # fmt: skip
+        machine = Machine((f"auditctl {option}", answer))
+        with pytest.raises(MachineError, match=why):
+            reach(machine)
+        assert machine.written == {} and machine.closed
 
 
 @pytest.mark.parametrize("answer", [1, "x", [], {"who": ["a"] * 1000}, {"\x1b": 1}])
