@@ -21,27 +21,46 @@ OBEYED = (
     *(
         f"/etc/{name}"
         for name in (
-            "apt/", "audit", "binfmt.d", "cron", "crypttab", "dbus", "default/grub", "dnf/", "environment", "fstab",
-            "init", "kernel/", "ld.so", "modprobe.d", "modules", "netplan", "network", "nsswitch", "pam.d", "polkit",
-            "profile", "rc", "resolv", "security", "selinux/", "ssh/", "sudoers", "sysctl", "systemd", "tmpfiles.d",
-            "udev", "xdg/systemd", "yum",
+            "NetworkManager/", "anacrontab", "apt/", "audit", "bash", "binfmt.d", "cron", "crypttab", "csh", "dbus",
+            "default/grub", "dnf/", "environment", "fstab", "init", "kernel/", "ld.so", "logrotate", "modprobe.d",
+            "modules", "netplan", "network", "nsswitch", "pam.d", "polkit", "profile", "rc", "resolv", "security",
+            "selinux/", "ssh/", "sudoers", "sysctl", "systemd", "tmpfiles.d", "udev", "update-motd.d", "xdg/systemd",
+            "yum", "zsh",
         )
     ),
-    "/root/.ssh", "/usr/local/bin", "/usr/local/lib/systemd", "/usr/local/sbin",
+    "/root/.", "/usr/local/bin", "/usr/local/lib/systemd", "/usr/local/sbin",
 )  # fmt: skip
 """What the whole machine obeys: written there, it acts beyond what the journal can undo."""
+OBEYED_AT_HOME = re.compile(r"/home/[^/]+/\.|.*/\.ssh(?:/|$)")
+"""What a login obeys."""
 ALWAYS = ("/etc", "/run/lsmlab-arm")
 """Kept for every scenario: what a step does by a program lies there."""
 APPARMOR_CACHE = "/var/cache/apparmor"
-PATH_PROGRAMS = frozenset(
-    {"cp", "mv", "ln", "mkdir", "install", "chmod", "chown", "chgrp", "touch", "rm", "rmdir", "setfacl", "chcon",
-     "restorecon"}
-)  # fmt: skip
-"""They change the files that their arguments name, and no others."""
-PATH_OPTIONS = re.compile(
-    r"-[rRfpnvsPaHhL]+|-m|-u|-g|-o|--recursive|--force|--parents|--mode=[0-7]+|--(owner|group)=[a-z-]+"
-)
-"""What has them change no file that they do not name last."""
+PATH_PROGRAMS = {
+    "cp": r"-[rRfpnvPaHLu]+|--recursive|--force",
+    "mv": r"-[fnvu]+|--force",
+    "ln": r"-[sfnvP]+|--force",
+    "mkdir": r"-[pv]+|--parents|--mode=[0-7]+",
+    "install": r"-[pv]+|--mode=[0-7]+|--(owner|group)=[a-z-]+",
+    "chmod": r"-[Rfv]+|--recursive",
+    "chown": r"-[RfvhP]+|--recursive",
+    "chgrp": r"-[RfvhP]+|--recursive",
+    "touch": r"-[amh]+",
+    "rm": r"-[rRfv]+|--recursive|--force",
+    "rmdir": r"-v",
+    "setfacl": r"-[RP]+",
+    "chcon": r"-[Rhv]+",
+    "restorecon": r"-[Rrv]+",
+}
+"""They change the files that their arguments name, and no others: with these options, and those of `VALUED`."""
+VALUED = {
+    "mkdir": frozenset({"-m"}), "install": frozenset({"-m", "-o", "-g"}), "setfacl": frozenset({"-m"}),
+    "chcon": frozenset({"-u", "-r", "-t"}),
+}  # fmt: skip
+"""Their options whose next word is no file."""
+VALUE_FIRST = frozenset({"chmod", "chown", "chgrp", "chcon"})
+"""Their first word, where no option of `VALUED` is there, is a mode, an owner or a context, and no file."""
+FROM_AND_TO = frozenset({"cp", "mv", "ln", "install"})
 UNIT_VERBS = frozenset({"start", "stop", "restart", "enable", "disable"})
 READERS = frozenset({"cat", "head", "tail", "ls", "stat", "id", "wc", "cmp"})
 """They change nothing."""
@@ -161,19 +180,42 @@ def _step(scenario: Scenario, number: int, step: Step, unit: str) -> tuple[list[
         return [], said
     if name == "setsebool" and not options and len(operands) == 2:
         return [], said
-    if name in PATH_PROGRAMS and all(PATH_OPTIONS.fullmatch(option) for option in options):
-        return [_allowed(scenario, path) for path in _targets(scenario, number, name, operands)], said
+    files = _files(name, rest)
+    if files is not None:
+        return [_allowed(scenario, path) for path in _targets(scenario, number, name, files)], said
     raise _refused(scenario, f"step {number} is {line[:200]!r}, and what that changes is not known to be covered")
 
 
-def _targets(scenario: Scenario, number: int, name: str, operands: Sequence[str]) -> list[str]:
-    """The files that a program of PATH_PROGRAMS changes."""
-    paths = [word for word in operands if "/" in word]
-    if name in {"cp", "ln", "install"}:  # what they take is not changed
-        paths = paths[-1:]
-    if not paths or any(not path.startswith("/") for path in paths):
-        raise _refused(scenario, f"step {number} of {name} names no file by its whole path")
-    return paths
+def _files(name: str, words: Sequence[str]) -> list[str] | None:
+    """The words of a program of PATH_PROGRAMS that are files; None where it is another, or what they are is unknown."""
+    if name not in PATH_PROGRAMS:
+        return None
+    files: list[str] = []
+    left = iter(words)
+    value_next = name in VALUE_FIRST
+    for word in left:
+        if word in VALUED.get(name, ()):
+            next(left, None)
+            value_next = False
+        elif word.startswith("-"):
+            if not re.fullmatch(PATH_PROGRAMS[name], word):
+                return None
+        elif value_next:
+            if "/" in word:
+                return None
+            value_next = False
+        else:
+            files.append(word)
+    return files
+
+
+def _targets(scenario: Scenario, number: int, name: str, files: Sequence[str]) -> list[str]:
+    """Those of `files` that a program of PATH_PROGRAMS changes."""
+    if len(files) < (2 if name in FROM_AND_TO else 1) or any(not path.startswith("/") for path in files):
+        raise _refused(scenario, f"step {number} of {name} does not name each file by its whole path")
+    if name in {"cp", "install"}:  # what they take is not changed
+        return [files[-1]]
+    return [*reversed(files)] if name == "ln" else [*files]  # written later, a link's other end is changed
 
 
 def _allowed(scenario: Scenario, path: str) -> str:
@@ -183,7 +225,7 @@ def _allowed(scenario: Scenario, path: str) -> str:
     if not any(clean.startswith(f"{area}/") for area in AREAS):
         raise _refused(scenario, f"it changes {path}; files are put back below {', '.join(AREAS)} alone")
     obeyed = next((o for o in OBEYED if f"{clean}/".startswith(o)), None)
-    if obeyed is not None:
+    if obeyed is not None or OBEYED_AT_HOME.match(clean):
         raise _refused(scenario, f"it changes {path}, which the whole machine obeys")
     return clean
 

@@ -26,6 +26,8 @@ from lsmlab.terms import Framework, Kernel
 
 RULES_LOCKED = 2
 """audit_enabled: no rule may be added before the next boot."""
+PANICS = "failure 2"
+"""As `auditctl -s` says it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +116,15 @@ def _see_auditing(channel: SshChannel) -> None:
             f"{channel.name}: the audit rules are locked there until the next boot (auditctl -e 2)",
             hint="Evidence needs rules on refused calls: take `-e 2` out of /etc/audit/rules.d, and boot it.",
         )
-    if not channel.run(["auditctl", "-l"]).ok:
-        raise MachineError(f"{channel.name}: `auditctl -l` fails there", hint=advice)
+    for option in ("-l", "-s"):
+        answer = channel.run(["auditctl", option])
+        if not answer.ok:
+            raise MachineError(f"{channel.name}: `auditctl {option}` fails there", hint=advice)
+    if PANICS in answer.out.splitlines():
+        raise MachineError(
+            f"{channel.name}: it panics where an audit record is lost (auditctl: {PANICS})",
+            hint="A run makes many records: `auditctl -f 1` there, if that is wanted.",
+        )
 
 
 def lab_for(found: Found, names: str | None) -> Lab:
@@ -186,10 +195,12 @@ class SshBench:
         self._closed = False
         self._machine: SshMachine | None = None
         self._problem = ""
+        self._undone = False
 
     @property
     def environment(self) -> Environment:
         """See `Workbench.environment`. Whether all was undone is known once the machine's block has ended."""
+        isolation = "by undo, verified" if self._undone else "unknown: nothing was undone yet"
         login = self._found.channel.login
         return Environment(
             lsmlab=__version__,
@@ -201,7 +212,7 @@ class SshBench:
             accelerator="",
             memory_mib=0,
             machine=clean(f"{login.user} at {login.address} port {login.port}: {self._found.system}"),
-            isolation=f"by undo, NOT verified: {self._problem}" if self._problem else "by undo, verified",
+            isolation=f"by undo, NOT verified: {self._problem}" if self._problem else isolation,
         )
 
     def command_line(self, kernel: Kernel) -> str:
@@ -213,19 +224,21 @@ class SshBench:
         """See `Workbench.guest`: the machine, its journal written; at the end of the block all is undone."""
         machine = SshMachine(self._found.channel)
         with self._lock:
-            if self._problem:
-                raise MachineError(f"{self._host}: not all was undone: {self._problem}", hint=undo_hint(self._host))
+            if (error := self.not_undone) is not None:
+                raise error
             if self._closed:
                 raise MachineError("no experiment is begun: the run was interrupted")
             self._machine = machine
+            self._undone = False
         self.progress.step(task, "writing down what is, to be put back")
-        machine.begin(self._planned)
         try:
+            machine.begin(self._planned)  # inside: where its answer is lost, there may be a journal all the same
             yield machine
         finally:
             self.progress.step(task, "undoing all changes, and verifying that")
+            self._problem = "the undoing was cut short"
             machine.stop()
-            self._problem = machine.problem
+            self._problem, self._undone = machine.problem, not machine.problem
 
     def close(self) -> None:
         """See `Workbench.close`: what runs is undone next."""
@@ -234,10 +247,12 @@ class SshBench:
             if self._machine is not None:
                 self._machine.interrupt()
 
-    def see_undone(self) -> None:
-        """Raises MachineError where not all was undone."""
-        if self._problem:
-            raise MachineError(f"{self._host}: not all was undone: {self._problem}", hint=undo_hint(self._host))
+    @property
+    def not_undone(self) -> MachineError | None:
+        """The error of a machine that is not known to be as it was; None where it is."""
+        if not self._problem:
+            return None
+        return MachineError(f"{self._host}: not all was undone: {self._problem}", hint=undo_hint(self._host))
 
 
 def undo(host: str, *, force: bool = False) -> Sequence[str] | None:

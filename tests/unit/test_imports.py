@@ -24,7 +24,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "errors",
         # what runs in a guest: it imports nothing else of ours, and here it is a text
         "guest.agent",
-        "guest.files guest.kernel",
+        "guest.files",
+        "guest.kernel",
         "guest.undo",
         "guest.canaries",
         # files, folders and programs of the host

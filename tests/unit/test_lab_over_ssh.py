@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from fakes import Answer, ScriptedChannel, said
 from lsmlab import admission, discovery, run, ssh_lab
 from lsmlab.channel.ssh import SshChannel, open_ssh
+from lsmlab.cli import experiment
 from lsmlab.errors import ChannelError, DefinitionError, LsmlabError, MachineError
 from lsmlab.machine.ssh import PARTS, SshMachine, audit_rules
 from lsmlab.progress import Silent
@@ -34,10 +36,12 @@ class Machine(ScriptedChannel):
         commands: list[tuple[str, Answer]] = [
             *answers, ("cat /etc/os-release", said(TRIXIE)), ("uname -r", said("6.12\n")),
             ("cat /proc/cmdline", said("quiet\n")), ("auditctl -l", said("No rules\n")),
+            ("auditctl -s", said("enabled 1\nfailure 1\npid 7\n")),
             ("systemctl show", said("{ path=/usr/sbin/nginx ; argv[]=x }\n")),
         ]  # fmt: skip
         super().__init__(commands, usual | asked)
         self.name = "web1"
+        self.login = SimpleNamespace(user="root", address="192.0.2.1", port=22)
         self.fault = ""
         self.closed = False
 
@@ -103,6 +107,17 @@ def test_a_machine_that_will_not_do_is_told_why_and_what_to_do(
     assert why in caught.value.message
     assert hint in caught.value.hint
     assert machine.written == {} and machine.closed
+
+
+def test_a_machine_that_would_panic_or_says_nothing_of_its_rules_is_refused(reach: Reach) -> None:
+    for option, answer, why in (
+        ("-s", said("enabled 1\nfailure 2\npid 7\n"), "it panics where an audit record is lost"),
+        ("-s", said(code=1), "`auditctl -s` fails there"), ("-l", said(code=1), "`auditctl -l` fails there"),
+    ):  # fmt: skip
+        machine = Machine((f"auditctl {option}", answer))
+        with pytest.raises(MachineError, match=why):
+            reach(machine)
+        assert machine.written == {} and machine.closed
 
 
 @pytest.mark.parametrize("answer", [1, "x", [], {"who": ["a"] * 1000}, {"\x1b": 1}])
@@ -210,11 +225,64 @@ def test_what_cannot_be_undone_is_kept_for_whoever_asks(reach: Reach) -> None:
     bench = ssh_lab.SshBench("web1", found, lab, CHANGES, Silent())
     with bench.guest(Kernel.SELINUX, "x"):
         pass
-    with pytest.raises(MachineError, match=r"not all was undone: .*/etc/x: another digest") as caught:
-        bench.see_undone()
-    assert "`lsmlab undo web1`" in caught.value.hint
+    error = bench.not_undone
+    assert error is not None and "/etc/x: another digest" in error.message
+    assert "`lsmlab undo web1`" in error.hint
+    assert bench.environment.isolation.startswith("by undo, NOT verified: ")
     with pytest.raises(MachineError, match="not all was undone"), bench.guest(Kernel.SELINUX, "y"):
         pytest.fail("a second experiment on a machine that is not as it was")
+
+
+def test_a_begin_whose_answer_is_lost_is_undone_all_the_same(reach: Reach, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = undoing()
+
+    def lost(**_: Any) -> None:
+        there.fault = "the connection was lost"
+        raise ChannelError("web1: begin: the connection was lost")
+
+    there = undoing(begin=lost)
+    found = reach(there)
+    monkeypatch.setattr("lsmlab.machine.ssh.open_ssh", lambda *_: again)
+    bench = ssh_lab.SshBench("web1", found, ssh_lab.lab_for(found, None), CHANGES, Silent())
+    assert bench.environment.isolation.startswith("unknown")
+    with pytest.raises(MachineError, match="connection was lost"), bench.guest(Kernel.SELINUX, "x"):
+        pytest.fail("nothing was begun")
+    assert [name for name, _ in again.questions] == ["undo"]
+    assert (bench.not_undone, bench.environment.isolation) == (None, "by undo, verified")
+
+
+def test_how_attempts_were_kept_apart_is_unknown_until_all_is_undone(reach: Reach) -> None:
+    found = reach(undoing())
+    bench = ssh_lab.SshBench("web1", found, ssh_lab.lab_for(found, None), CHANGES, Silent())
+    for _ in range(2):
+        with bench.guest(Kernel.SELINUX, "x"):
+            assert bench.environment.isolation.startswith("unknown")
+        assert bench.environment.isolation == "by undo, verified"
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, MachineError("x"), GeneratorExit])
+def test_an_undoing_that_failed_is_said_with_its_hint_whatever_ends_the_run(
+    raised: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = undoing(end=ChannelError("web1: end: not as it was: /etc/x: another digest"))
+
+    def running(bench: ssh_lab.SshBench, _: object) -> Iterator[Any]:
+        with bench.guest(Kernel.SELINUX, "x"):
+            yield "an outcome"
+            raise raised
+
+    monkeypatch.setattr(ssh_lab, "open_ssh", lambda *_: there)
+    monkeypatch.setattr(run, "run", running)
+    outcomes = experiment._outcomes_there("web1", [FLAGSHIP], None, None, True, Silent())
+    next(outcomes)
+    if raised is GeneratorExit:
+        outcomes.close()
+    else:
+        with pytest.raises(raised if isinstance(raised, type) else type(raised)):
+            next(outcomes)
+    said_to_the_user = capsys.readouterr().err
+    assert "not all was undone: web1: end: not as it was: /etc/x" in said_to_the_user
+    assert "`lsmlab undo web1`" in said_to_the_user
 
 
 def test_a_machine_that_goes_away_is_reached_once_more_to_undo(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +293,9 @@ def test_a_machine_that_goes_away_is_reached_once_more_to_undo(monkeypatch: pyte
     assert not machine.running
     monkeypatch.setattr("lsmlab.machine.ssh.open_ssh", lambda *_: again)
     machine.stop()
-    assert (machine.problem, again.questions, again.closed) == ("", [("undo", {})], True)
+    ((asked, arguments),) = again.questions
+    begun = next(more for name, more in there.questions if name == "begin")
+    assert (machine.problem, asked, arguments, again.closed) == ("", "undo", {"who": begun["who"]}, True)
 
 
 def test_a_machine_that_stays_away_is_a_problem_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ import pytest
 
 from lsmlab.guest import agent, files, kernel, undo
 from lsmlab.guest.agent import Refused
+from lsmlab.guest.files import Problems
 from lsmlab.guest.undo import Journal
 
 AUDITCTL = """#!/bin/sh
@@ -32,7 +37,9 @@ SYSTEMCTL = """#!/bin/sh
 unit=$LSMLAB_TEST/unit
 echo "$*" >> $LSMLAB_TEST/asked
 case $1 in
-show) echo LoadState=loaded; cat $unit ;;
+show) for last; do :; done
+    echo LoadState=loaded
+    if [ -e $unit-$last ]; then cat $unit-$last; else cat $unit; fi ;;
 stop) printf 'ActiveState=inactive\\nInvocationID=\\n' > $unit ;;
 start) printf 'ActiveState=active\\nInvocationID=%s\\n' $(wc -l < $LSMLAB_TEST/asked) > $unit ;;
 reset-failed) ;;
@@ -197,6 +204,116 @@ def test_files_are_put_back_by_the_run_itself_and_by_another(place: Place, chang
     assert not Path(place.journal).exists()
 
 
+def test_a_second_journal_of_one_agent_keeps_all_once_more(place: Place) -> None:
+    furnish(place.etc)
+    before = look(place.etc)
+    journal = Journal(place.journal)
+    for change in CHANGES:
+        journal.begin("somebody", [str(place.etc)], ["a.service"])
+        change(place.etc)
+        assert journal.end()
+        assert look(place.etc) == before, change
+
+
+def test_a_second_begin_of_one_agent_leaves_the_first_as_it_is(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(undo, "LOCK_SECONDS", 0.2)
+    furnish(place.etc)
+    before = look(place.etc)
+    journal = place.begin()
+    rewrite(place.etc)
+    with pytest.raises(Refused, match="has not ended"):
+        journal.begin("somebody", [str(place.etc)], ["a.service"])
+    with pytest.raises(Refused, match="another run is at work"):
+        Journal(place.journal).hold()
+    assert journal.take_up(who="another")
+    journal.end()
+    assert look(place.etc) == before
+    assert journal.end() == [], "nothing is begun"
+    for late in (journal.mark, journal.restore):
+        with pytest.raises(Refused, match=r"nothing was begun|no mark"):
+            late("ready")
+
+
+def test_what_is_asked_at_once_is_done_one_after_the_other(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    furnish(place.etc)
+    before = look(place.etc)
+    journal = place.begin()
+    journal.mark("ready")
+    rewrite(place.etc)
+    inside, at_once = [0], [0]
+    real = files.Trees.scan
+
+    def scan(self: files.Trees, *arguments: Any, **named: Any) -> dict[str, files.Entry]:
+        inside[0] += 1
+        at_once[0] = max(at_once[0], inside[0])
+        time.sleep(0.05)
+        found = real(self, *arguments, **named)
+        inside[0] -= 1
+        return found
+
+    monkeypatch.setattr(files.Trees, "scan", scan)
+    said: list[Exception] = []
+
+    def ask(do: Any, *arguments: str) -> None:
+        try:
+            do(*arguments)
+        except Refused as error:
+            said.append(error)
+
+    work = [(journal.restore, "ready"), (journal.mark, "other"), (journal.end,), (journal.restore, "ready")]
+    threads = [threading.Thread(target=ask, args=asked) for asked in work]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.01)
+    for thread in threads:
+        thread.join(30)
+    assert at_once == [1]
+    assert {str(error) for error in said} <= {"no mark 'ready'", "nothing was begun"}, "a late one is refused"
+    assert look(place.etc) == before
+    assert not Path(place.journal).exists()
+
+
+def test_an_end_that_comes_while_it_begins_waits_and_undoes(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(place.journal)
+    monkeypatch.setattr(undo, "_journal", journal)
+    real = kernel.audit_as_needed
+
+    def slowly(rules: list[list[str]]) -> None:
+        time.sleep(0.3)
+        real(rules)
+
+    monkeypatch.setattr(kernel, "audit_as_needed", slowly)
+    monkeypatch.setattr(agent, "VEHICLE", agent.VEHICLE)
+    thread = threading.Thread(target=undo.begin, args=("x", [str(place.etc)], ["a.service"], [], [OURS]))
+    thread.start()
+    while not Path(place.journal, "vehicle").exists():
+        time.sleep(0.01)
+    assert "1 audit rules" in undo.end()
+    thread.join(10)
+    assert place.rules() == [OWN_RULE]
+    assert not Path(place.journal).exists()
+
+
+def test_who_lost_a_connection_undoes_no_other_s_journal(place: Place) -> None:
+    place.begin()._drop()
+    rewrite(place.etc)
+    assert not Journal(place.journal).take_up(who="somebody else")
+    assert Journal(place.journal).status() is not None
+    assert Journal(place.journal).take_up(who="somebody")
+
+
+def test_what_is_not_kept_leaves_no_draft_behind(place: Place) -> None:
+    furnish(place.etc)
+    journal = place.begin()
+    rewrite(place.etc)
+    for path in (Path(place.journal) / "objects").iterdir():
+        path.unlink()
+    with pytest.raises(Refused, match="shadow: No such file or directory"):
+        journal.end()
+    assert not list(place.etc.rglob(f"{files.DRAFT}*"))
+    assert (place.etc / "shadow").read_text() == "root:secret\nlsmlab-canary\n"
+
+
 def test_a_mark_is_gone_back_to_as_often_as_asked(place: Place) -> None:
     furnish(place.etc)
     before = look(place.etc)
@@ -356,6 +473,53 @@ def test_two_at_once_are_told_apart_from_one_that_was_killed(place: Place, monke
         Journal(place.journal).take_up()
 
 
+def test_a_lock_that_was_removed_before_it_is_had_is_none(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = (Journal(place.journal) for _ in range(3))
+    first.hold()
+    real = fcntl.flock
+
+    def flock(file: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
+        first._leave()  # the file that the second has opened is gone, and the third has another
+        third.hold()
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(undo, "LOCK_SECONDS", 0.2)
+    with pytest.raises(Refused, match="another run is at work"):
+        second.hold()
+    third._leave()
+    second.hold()
+    second._leave()
+    assert not Path(place.journal).exists()
+
+
+def test_many_at_once_have_the_folder_one_after_the_other(place: Place) -> None:
+    inside: list[int] = []
+    wrong: list[Any] = []
+
+    def work(number: int) -> None:
+        journal = Journal(place.journal)
+        try:
+            for _ in range(100):
+                journal.hold()
+                inside.append(number)
+                time.sleep(0)
+                wrong.extend([list(inside)] if len(inside) > 1 else [])
+                inside.remove(number)
+                journal._leave()
+        except BaseException as error:  # noqa: BLE001 - any is a failure
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert wrong == []
+    assert not Path(place.journal).exists()
+
+
 @pytest.mark.parametrize("mode", [0o755, 0o770])
 def test_a_folder_that_others_may_enter_is_not_used(place: Place, mode: int) -> None:
     Path(place.journal).mkdir()
@@ -401,6 +565,143 @@ def test_what_something_else_changes_again_and_again_is_named(place: Place, monk
     assert (Path(place.journal) / "journal.json").exists(), "it is still to be undone"
 
 
+# What cannot be put back
+
+
+class Elsewhere:
+    """What lstat says of a folder, as if another file system were mounted there."""
+
+    def __init__(self, there: os.stat_result) -> None:
+        self._there = there
+        self.st_dev = there.st_dev + 1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._there, name)
+
+
+def test_a_mount_below_what_is_kept_is_named_and_nothing_is_begun(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    furnish(place.etc)
+    before = look(place.etc)
+    mounted = f"{place.etc}/sub/deep"
+    real = files._lstat
+
+    def lstat(path: str) -> Any:
+        there = real(path)
+        return Elsewhere(there) if there is not None and path.startswith(mounted) else there
+
+    monkeypatch.setattr(files, "_lstat", lstat)
+    with pytest.raises(Refused, match=f"{mounted}: another file system is mounted there"):
+        place.begin()
+    assert not Path(place.journal).exists()
+    assert look(place.etc) == before
+    trees = files.Trees(str(place.folder))
+    assert f"{mounted}/file" not in trees.scan([str(place.etc)], []), "as far as it is looked at"
+    monkeypatch.setattr(files.Trees, "_keep", lambda *_: None)
+    assert f"{mounted}/file" in trees.scan([str(place.etc), mounted], [], keep=True), "a tree of its own"
+
+
+def test_sockets_and_pipes_are_in_nobody_s_way(place: Place) -> None:
+    furnish(place.etc)
+    os.mkfifo(place.etc / "pipe", 0o600)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(place.etc / "socket"))
+    journal = place.begin()
+    (place.etc / "pipe").unlink()
+    (place.etc / "pipe").write_text("a file in its place\n")
+    (place.etc / "socket").unlink()
+    os.mkfifo(place.etc / "new", 0o600)
+    rewrite(place.etc)
+    journal.end()
+    there = {path.name for path in place.etc.iterdir()}
+    assert not there & {"pipe", "socket", "new"}
+    assert (place.etc / "shadow").read_text() == "root:secret\n"
+
+
+def test_a_device_that_is_gone_is_made_anew(place: Place) -> None:
+    path = place.etc / "device"
+    os.mknod(path, stat.S_IFCHR | 0o640, os.makedev(0, 0))  # the one that everybody may make
+    before = look(place.etc)
+    journal = place.begin()
+    path.unlink()
+    path.write_text("x")
+    journal.end()
+    assert look(place.etc) == before
+
+
+def test_a_pipe_that_stays_gets_its_rights_back_and_its_time_is_its_own(place: Place) -> None:
+    pipe = place.etc / "pipe"
+    os.mkfifo(pipe, 0o600)
+    journal = place.begin()
+    os.utime(pipe, ns=(1, 10**18))
+    assert journal.restore("") == []
+    pipe.chmod(0o666)
+    journal.end()
+    assert stat.S_IMODE(pipe.stat().st_mode) == 0o600
+
+
+def test_one_file_that_cannot_be_put_back_keeps_nothing_else_from_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    furnish(place.etc)
+    before = look(place.etc)
+    journal = place.begin()
+    for change in (change_rights, rewrite, make_and_remove):
+        change(place.etc)
+    kernel.audit_as_needed([OURS])
+    place.unit("active", "second")
+    real = files._dress
+
+    def dress(path: str, entry: files.Entry) -> None:
+        if entry.get("digest") == hashlib.sha256(b"root:secret\n").hexdigest():
+            raise PermissionError(1, "Operation not permitted", path)
+        real(path, entry)
+
+    monkeypatch.setattr(files, "_dress", dress)
+    with pytest.raises(Refused, match=f"not as it was: {place.etc}/shadow: Operation not permitted; "):
+        journal.end()
+    after = look(place.etc)
+    assert {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)} == {"shadow"}
+    assert place.rules() == [OWN_RULE]
+    assert place.asked[-1] == "start a.service"
+    journal._drop()
+    monkeypatch.setattr(files, "_dress", real)
+    again = Journal(place.journal)
+    assert again.take_up(force=True)
+    again.end()
+    assert look(place.etc) == before
+
+
+def test_auditing_that_cannot_be_asked_keeps_no_service_stopped(place: Place) -> None:
+    furnish(place.etc)
+    before = look(place.etc)
+    journal = place.begin()
+    rewrite(place.etc)
+    place.unit("active", "second")
+    program = place.folder / "bin" / "auditctl"
+    program.write_text("#!/bin/sh\necho gone >&2; exit 1\n")
+    with pytest.raises(Refused, match="not as it was: auditctl -l: exit status 1: gone"):
+        journal.end()
+    assert look(place.etc) == before
+    assert place.asked[-1] == "start a.service"
+    program.write_text(AUDITCTL)
+    journal.end()
+    assert not Path(place.journal).exists()
+
+
+def test_what_is_too_large_to_keep_can_still_be_taken_away(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    furnish(place.etc)
+    before = look(place.etc)
+    journal = place.begin()
+    monkeypatch.setattr(files, "MOST_BYTES", 1000)
+    monkeypatch.setattr(files, "MOST_ENTRIES", 3)
+    (place.etc / "shadow").write_bytes(bytes(2000))
+    (place.etc / "new").write_bytes(bytes(2000))
+    journal.end()
+    assert look(place.etc) == before
+
+
 # Services and auditing
 
 
@@ -420,6 +721,26 @@ def test_a_service_that_did_not_run_does_not_run(place: Place) -> None:
     place.unit("active", "second")
     journal.end()
     assert [line for line in place.asked if not line.startswith("reset")] == ["stop a.service"]
+
+
+@pytest.mark.parametrize("how", kernel.STOPPED_ALONG)
+def test_a_service_that_runs_and_would_be_stopped_along_is_named(
+    place: Place, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    journal = Journal(place.journal)
+    monkeypatch.setattr(undo, "_journal", journal)
+    monkeypatch.setattr(agent, "VEHICLE", agent.VEHICLE)
+    (place.state / "unit-a.service").write_text(f"ActiveState=active\nInvocationID=1\n{how}=b.service c.service\n")
+    (place.state / "unit-b.service").write_text("ActiveState=inactive\nInvocationID=\n")
+    (place.state / "unit-c.service").write_text("ActiveState=active\nInvocationID=3\n")
+    with pytest.raises(Refused, match=r"^c\.service: would be stopped with a\.service, and not started again"):
+        undo.begin("x", [str(place.etc)], ["a.service"], [], [OURS])
+    assert not Path(place.journal).exists() and place.asked == []
+    undo.begin("x", [str(place.etc)], ["a.service", "c.service"], [], [OURS])
+    undo.end()
+    (place.state / "unit-c.service").write_text("ActiveState=inactive\nInvocationID=\n")
+    undo.begin("x", [str(place.etc)], ["a.service"], [], [OURS])
+    undo.end()
 
 
 def test_a_service_that_was_let_alone_is_let_alone(place: Place) -> None:
@@ -461,7 +782,7 @@ def test_booleans_are_set_back_and_committed(place: Place) -> None:
     boolean_files(folder, one="0 0", two="1 1")
     (folder / "booleans" / "one").write_text("1 1")
     done = kernel.put_selinux_back(
-        {"enforce": "1", "booleans": {"one": "0", "two": "1"}}, kernel.selinux(policy=False) or {}
+        {"enforce": "1", "booleans": {"one": "0", "two": "1"}}, kernel.selinux(policy=False) or {}, Problems()
     )
     assert done == ["boolean one"]
     assert (folder / "booleans" / "one").read_text()[:1] == "0"
@@ -511,21 +832,55 @@ def test_a_profile_of_ours_is_removed_and_a_changed_one_is_loaded_from_its_own_c
     assert was is not None and now is not None
     wrong = kernel.differences({"selinux": None, "apparmor": was}, {"selinux": None, "apparmor": now})
     assert wrong == ["AppArmor: another audit parameter", "profile kept: another", "profile ours: another"]
-    done = kernel.put_apparmor_back(was, now, kept.__getitem__)
+    done = kernel.put_apparmor_back(was, now, kept.__getitem__, Problems())
     assert done == ["profile ours", "profile kept", "AppArmor's audit parameter"]
     assert (apparmor / ".remove").read_text() == "ours"
     assert (apparmor / ".replace").read_bytes() == b"blob"
     assert (place.folder / "apparmor-audit").read_text().startswith("normal")
 
 
-def test_a_profile_whose_content_the_kernel_does_not_give_is_an_error_that_names_it(apparmor: Path) -> None:
+def test_a_profile_whose_content_the_kernel_does_not_give_is_named_and_the_rest_goes_on(
+    place: Place, apparmor: Path
+) -> None:
     profile(apparmor, "opaque", blob=None)
     was = kernel.apparmor(saved({}))
     (apparmor / "policy" / "profiles" / "opaque.1" / "mode").write_text("complain")
     now = kernel.apparmor(None)
     assert was is not None and now is not None
-    with pytest.raises(Refused, match="profile opaque: was changed"):
-        kernel.put_apparmor_back(was, now, str.encode)
+    problems = Problems()
+    (place.folder / "apparmor-audit").write_text("noquiet\n")
+    assert kernel.put_apparmor_back(was, kernel.apparmor(None) or {}, str.encode, problems) == [
+        "AppArmor's audit parameter"
+    ]
+    assert problems.words == ["profile opaque: was changed, and this kernel does not give what it was loaded from"]
+
+
+@pytest.mark.parametrize("lacking", ["raw_data", "sha256"])
+def test_a_loaded_profile_that_could_not_be_put_back_is_not_taken_away(
+    place: Place, apparmor: Path, lacking: str
+) -> None:
+    here = apparmor / "policy" / "profiles" / "kept.1"
+    journal = Journal(place.journal)
+    journal.begin("x", [str(place.etc)], [], ["kept", "not-loaded"])
+    journal.end()
+    (here / lacking).unlink()
+    with pytest.raises(Refused, match="profile kept: this kernel does not give"):
+        journal.begin("x", [str(place.etc)], [], ["kept", "not-loaded"])
+    assert not Path(place.journal).exists()
+    journal.begin("x", [str(place.etc)], [], ["another"])
+    journal.end()
+
+
+def test_a_child_of_a_profile_comes_with_it_and_needs_its_digest_alone(place: Place, apparmor: Path) -> None:
+    child = apparmor / "policy" / "profiles" / "kept.1" / "profiles" / "child.2"
+    child.mkdir(parents=True)
+    for file, text in (("name", "child"), ("mode", "enforce"), ("sha256", "d3")):
+        (child / file).write_text(f"{text}\n")
+    state = kernel.apparmor(saved({}))
+    assert kernel.not_kept(state, ["kept"]) == []
+    (child / "sha256").unlink()
+    assert kernel.not_kept(kernel.apparmor(saved({})), ["kept"]) == ["kept//child"]
+    assert kernel.not_kept(None, ["kept"]) == []
 
 
 def test_what_a_command_of_a_service_left_behind_is_ended(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -121,8 +122,8 @@ def run_command(
     store = Store()
     store.count()  # a store that cannot be used is said now, not after the run
     try:
-        with progress_shown(quiet) as progress:
-            for outcome in experiment(progress):
+        with progress_shown(quiet) as progress, contextlib.closing(experiment(progress)) as found_out:
+            for outcome in found_out:
                 if outcome.falsification is not None:
                     outcomes[[o.id for o in outcomes].index(outcome.id)] = outcome
                     store.update(outcome)
@@ -141,7 +142,7 @@ def run_command(
     raise typer.Exit(exit_code(outcomes))
 
 
-Experiment = Callable[[Progress], Iterator[Outcome]]
+Experiment = Callable[[Progress], Generator[Outcome, None, None]]
 
 
 def _on_guests(
@@ -160,7 +161,7 @@ def _on_guests(
     taken = run.chosen(found, machine)
     wanted = _need_some(run.cases(taken, machine, frameworks))
 
-    def experiment(progress: Progress) -> Iterator[Outcome]:
+    def experiment(progress: Progress) -> Generator[Outcome, None, None]:
         if len(taken) < len(found):
             why = "are not about containers" if machine.engine else "are about containers or services that it has not"
             say(f"lab {machine.id}: {len(found) - len(taken)} scenarios {why}: left out")
@@ -183,7 +184,7 @@ def _outcomes_there(
     names: str | None,
     allow_changes: bool,
     progress: Progress,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """The outcome of each case on a machine that is there already, which is left as it was."""
     from lsmlab import ssh_lab  # noqa: PLC0415 - paramiko takes longer to load than most commands run
 
@@ -195,8 +196,14 @@ def _outcomes_there(
             raise ssh_lab.need_leave(host, planned)
         bench = ssh_lab.SshBench(host, found, lab, planned, progress)
         progress.note(f"Lab {bench.name}, {found.system}, with the names of {lab.id}; all changes are undone")
-        yield from run.run(bench, wanted)
-    bench.see_undone()
+        try:
+            yield from run.run(bench, wanted)
+        except BaseException:  # an interruption too, and it says nothing of this
+            if bench.not_undone is not None:
+                say(str(bench.not_undone))
+            raise
+    if bench.not_undone is not None:
+        raise bench.not_undone
 
 
 def _outcomes(
@@ -208,7 +215,7 @@ def _outcomes(
     guests: int | None,
     falsify: bool,
     image: Path | None,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """The outcome of each case, on the lab's image, or on one with the packages that it needs besides.
 
     With `falsify`, those that are CONTAINED come once more, with their falsification.

@@ -20,11 +20,15 @@ FORK_KEY = 'key="lsmlab-fork"'
 EVENT = re.compile(r"msg=audit\(([0-9.]+:[0-9]+)\)")
 NUMBER = re.compile(r"\b(pid|ppid|spid|auid)=(\d+)")
 TELLING = re.compile(r"^(?:node=\S+ )?type=(?:MAC_STATUS|MAC_POLICY_LOAD|MAC_CONFIG_CHANGE|CONFIG_CHANGE) ")
+ARGUMENTS = re.compile(r"^(?:node=\S+ )?type=(?:PROCTITLE|EXECVE) ")
+"""Command lines, in which there may be secrets: nothing is concluded from them."""
 STATUS = 'apparmor="STATUS"'
 ERRORS = frozenset(os.strerror(number).encode() for number in errno.errorcode)
 """The kernel's own words: a connection that is refused."""
 NOBODY = (1 << 32) - 1
 """The audit user id of who has not logged in: of every service."""
+
+_BY = r'(?<![\w-])(?:(?:scontext|subj)=[^\s:]+:[^\s:]+:{0}(?![^\s:])|profile="{0}")'
 
 _subjects: list[str] = []
 
@@ -53,7 +57,10 @@ def _reduced(result: dict[str, Any], keep: dict[str, list[str]]) -> dict[str, An
 
 
 def own_events(log: str, pids: Iterable[int], auid: int | None, subjects: Iterable[str], word: str) -> str:
-    """The lines of a log that are the service's own, tell of a change, or end the window: whole events."""
+    """The lines of a log that are the service's own, tell of a change, or end the window: events but for `ARGUMENTS`.
+
+    Of `subjects`, what they do themselves, not what is done to them.
+    """
     lines = log.split("\n")
     events = [match[1] if (match := EVENT.search(line)) else "" for line in lines]
     numbers = [[(name, int(value)) for name, value in NUMBER.findall(line)] for line in lines]
@@ -62,17 +69,18 @@ def own_events(log: str, pids: Iterable[int], auid: int | None, subjects: Iterab
         about = dict(found)
         if FORK_KEY in line and about.get("ppid") in family:
             family.add(about.get("pid", -1))
-    names = [part for subject in subjects for part in (f":{subject}:", f'profile="{subject}"')]
+    names = [re.compile(_BY.format(re.escape(subject))) for subject in subjects]
     wanted = set()
     for line, event, found in zip(lines, events, numbers):
         own = any(
             (name != "auid" and value in family) or (name == "auid" and value == auid != NOBODY)
             for name, value in found
         )
-        if own or TELLING.match(line) or STATUS in line or word in line or any(name in line for name in names):
+        if own or TELLING.match(line) or STATUS in line or word in line or any(name.search(line) for name in names):
             wanted.add(event)
     wanted.discard("")
-    return "".join(f"{line}\n" for line, event in zip(lines, events) if event in wanted)
+    told = (line for line, event in zip(lines, events) if event in wanted and not ARGUMENTS.match(line))
+    return "".join(f"{line}\n" for line in told)
 
 
 def _window(

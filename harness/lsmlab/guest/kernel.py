@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lsmlab.guest.agent import Refused, pids, text_of
+from lsmlab.guest.files import Problems
 
 SELINUX = "/sys/fs/selinux"
 APPARMOR = "/sys/kernel/security/apparmor"
@@ -62,21 +63,25 @@ def selinux(*, policy: bool) -> State | None:
     return state
 
 
-def put_selinux_back(was: State, now: State) -> list[str]:
+def put_selinux_back(was: State, now: State, problems: Problems) -> list[str]:
     """Have mode, booleans and policy be as they were."""
     done = []
     if "policy" in was and was["policy"] != now.get("policy") and was["booleans"] == now["booleans"]:
-        program("load_policy")
-        done.append("the SELinux policy")
+        with problems.going_on("the SELinux policy"):
+            program("load_policy")
+            done.append("the SELinux policy")
     wrong = [name for name, value in was["booleans"].items() if now["booleans"].get(name) not in {None, value}]
     for name in wrong:
-        _write(f"{SELINUX}/booleans/{name}", was["booleans"][name].encode())
-        done.append(f"boolean {name}")
+        with problems.going_on(f"boolean {name}"):
+            _write(f"{SELINUX}/booleans/{name}", was["booleans"][name].encode())
+            done.append(f"boolean {name}")
     if wrong:
-        _write(f"{SELINUX}/commit_pending_bools", b"1")
+        with problems.going_on("the booleans"):
+            _write(f"{SELINUX}/commit_pending_bools", b"1")
     if was["enforce"] != now["enforce"]:
-        _write(f"{SELINUX}/enforce", was["enforce"].encode())
-        done.append("the mode of SELinux")
+        with problems.going_on("the mode of SELinux"):
+            _write(f"{SELINUX}/enforce", was["enforce"].encode())
+            done.append("the mode of SELinux")
     return done
 
 
@@ -123,13 +128,24 @@ def _blob(folder: str, save: Save) -> str:
         return ""  # this kernel does not give it: see `put_apparmor_back`
 
 
-def put_apparmor_back(was: State, now: State, load: Load) -> list[str]:
+def not_kept(state: State | None, names: list[str]) -> list[str]:
+    """Those of the profiles `names` that are loaded and could not be put back, or not be seen to be."""
+    loaded = state["profiles"] if state else {}
+    return [
+        full for full, profile in loaded.items()
+        if (full if not profile["parent"] else full.partition("//")[0]) in names
+        and not (profile["digest"] and (profile["blob"] or profile["parent"]))
+    ]  # fmt: skip
+
+
+def put_apparmor_back(was: State, now: State, load: Load, problems: Problems) -> list[str]:
     """Have the kernel hold the profiles that it held, each from the very content that it was loaded from."""
     done = []
     for name, profile in now["profiles"].items():
         if name not in was["profiles"] and not (profile["parent"] and profile["parent"] not in was["profiles"]):
-            _write(f"{APPARMOR}/.remove", name.encode())
-            done.append(f"profile {name}")
+            with problems.going_on(f"profile {name}"):
+                _write(f"{APPARMOR}/.remove", name.encode())
+                done.append(f"profile {name}")
     blobs: dict[str, str] = {}
     for name, profile in was["profiles"].items():
         there = now["profiles"].get(name)
@@ -137,15 +153,18 @@ def put_apparmor_back(was: State, now: State, load: Load) -> list[str]:
             continue
         top = name if not profile["parent"] else name.partition("//")[0]
         blob = was["profiles"].get(top, profile)["blob"]
-        if not blob:
-            raise Refused(f"profile {name}: was changed, and this kernel does not give what it was loaded from")
-        blobs[blob] = name
+        if blob:
+            blobs[blob] = name
+        else:
+            problems.words.append(f"profile {name}: was changed, and this kernel does not give what it was loaded from")
     for blob, name in blobs.items():
-        _write(f"{APPARMOR}/.replace", load(blob))
-        done.append(f"profile {name}")
+        with problems.going_on(f"profile {name}"):
+            _write(f"{APPARMOR}/.replace", load(blob))
+            done.append(f"profile {name}")
     if was["audit"] != now["audit"]:
-        _write(APPARMOR_AUDIT, was["audit"].encode())
-        done.append("AppArmor's audit parameter")
+        with problems.going_on("AppArmor's audit parameter"):
+            _write(APPARMOR_AUDIT, was["audit"].encode())
+            done.append("AppArmor's audit parameter")
     return done
 
 
@@ -204,14 +223,16 @@ def audit_as_needed(rules: list[list[str]]) -> None:
                 raise
 
 
-def put_audit_back(was: list[str], now: list[str]) -> list[str]:
+def put_audit_back(was: list[str], now: list[str], problems: Problems) -> list[str]:
     """Have the kernel hold the rules that it held, and no others."""
     more, fewer = _without(now, was), _without(was, now)
     for line in more:
         words = line.split()
-        program("auditctl", *(["-W", *words[1:]] if words[0] == "-w" else ["-d", *words[1:]]))
+        with problems.going_on(line):
+            program("auditctl", *(["-W", *words[1:]] if words[0] == "-w" else ["-d", *words[1:]]))
     for line in fewer:
-        program("auditctl", *line.split())
+        with problems.going_on(line):
+            program("auditctl", *line.split())
     return [f"{len(more) + len(fewer)} audit rules"] if more or fewer else []
 
 
@@ -228,6 +249,22 @@ def _without(these: list[str], others: list[str]) -> list[str]:
 
 # Services
 
+STOPPED_ALONG = ("RequiredBy", "RequisiteOf", "BoundBy", "ConsistsOf", "PropagatesStopTo")
+"""Properties of a unit that name those that systemd stops with it, and does not start again."""
+
+
+def stopped_along(names: list[str]) -> list[str]:
+    """The active units besides `names` that a stop of one of these stops as well."""
+    others: dict[str, None] = {}
+    for name in names:
+        shown = program("systemctl", "show", f"--property={','.join(STOPPED_ALONG)}", name)
+        for line in shown.split("\n"):
+            key, _, value = line.partition("=")
+            if key in STOPPED_ALONG:
+                others |= dict.fromkeys(value.split())
+    found = [name for name in others if name not in names]
+    return [name for name, state in units(found).items() if state["active"]]
+
 
 def units(names: list[str]) -> dict[str, State]:
     """Whether each unit is active, and as which invocation."""
@@ -240,25 +277,31 @@ def units(names: list[str]) -> dict[str, State]:
     return found
 
 
-def stop_changed(was: dict[str, State], now: dict[str, State]) -> list[str]:
+def stop_changed(was: dict[str, State], now: dict[str, State], problems: Problems) -> list[str]:
     """Stop each unit that runs and did not, or that was started anew; what was stopped."""
-    changed = [name for name, state in was.items() if now[name]["active"] and now[name] != state]
-    for name in changed:
-        program("systemctl", "stop", name)
-    return changed
+    done = []
+    for name, state in was.items():
+        if now[name]["active"] and now[name] != state:
+            with problems.going_on(name):
+                program("systemctl", "stop", name)
+                done.append(name)
+    return done
 
 
-def start_again(was: dict[str, State], now: dict[str, State]) -> list[str]:
+def start_again(was: dict[str, State], now: dict[str, State], problems: Problems) -> list[str]:
     """Start each unit that ran; what was started. `was` learns the new invocations."""
-    changed = [name for name, state in was.items() if state["active"] and not now[name]["active"]]
+    done = []
     for name in was:
         if not now[name]["active"]:
             with contextlib.suppress(Refused):  # not failed: nothing to forget
                 program("systemctl", "reset-failed", name)
-    for name in changed:
-        program("systemctl", "start", name)
-        was[name].update(units([name])[name])
-    return changed
+    for name, state in was.items():
+        if state["active"] and not now[name]["active"]:
+            with problems.going_on(name):
+                program("systemctl", "start", name)
+                state.update(units([name])[name])
+                done.append(name)
+    return done
 
 
 def _write(path: str, data: bytes) -> None:

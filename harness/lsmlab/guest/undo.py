@@ -8,20 +8,23 @@ there, and `undo` of another connection goes back by it. Nothing of it is left o
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
 import signal
 import stat
+import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 from lsmlab.guest import agent, files, kernel
 from lsmlab.guest.agent import Refused
-from lsmlab.guest.files import Trees
+from lsmlab.guest.files import Problems, Trees
 
 FOLDER = "/var/lib/lsmlab"
 FORMAT = 1
@@ -38,11 +41,27 @@ TRANSIENT = ("/run", "/tmp", "/var/tmp")  # noqa: S108 - folders whose own times
 Mark = dict[str, Any]
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _one_by_one(method: Method) -> Method:
+    """Have what is asked of one journal be done one after the other, each from its beginning to its end."""
+
+    @functools.wraps(method)
+    def alone(self: Journal, *arguments: Any, **named: Any) -> Any:
+        with self.turn:
+            return method(self, *arguments, **named)
+
+    return cast("Method", alone)
+
+
 class Journal:
-    """The journal of this machine, held by one agent at a time."""
+    """The journal of this machine, held by one agent at a time. Safe for all threads."""
 
     def __init__(self, folder: str = "") -> None:
         self.folder = folder or FOLDER
+        self.turn = threading.RLock()
+        """Who has it is the only one that changes anything."""
         self._lock = -1
         self._trees = Trees(f"{self.folder}/objects")
         self._marks: dict[str, Mark] = {}
@@ -67,42 +86,59 @@ class Journal:
 
     def hold(self) -> None:
         """Make the folder, where there is none, and be the only one that uses it. Raises Refused."""
-        if self._lock >= 0:
-            return
+        deadline = time.monotonic() + LOCK_SECONDS
+        while self._lock < 0:
+            try:
+                self._lock = self._take()
+            except (BlockingIOError, FileNotFoundError):  # another's, or removed with the folder by whoever had it
+                if time.monotonic() > deadline:
+                    raise Refused("another run is at work on this machine") from None
+                time.sleep(0.05)
+
+    def _take(self) -> int:
+        """The lock, where nobody has it: the very file that is in the folder; -1 where that is another by now.
+
+        Raises Refused, BlockingIOError, FileNotFoundError.
+        """
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.folder, 0o700)
         there = os.lstat(self.folder)
         if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.geteuid() or there.st_mode & 0o077:
             raise Refused(f"{self.folder}: is there, and no folder that root alone may enter")
-        lock = os.open(f"{self.folder}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    os.close(lock)
-                    raise Refused("another run is at work on this machine") from None
-                time.sleep(0.05)
-            else:
-                self._lock = lock
-                return
+        path = f"{self.folder}/lock"
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.path.samestat(os.fstat(lock), os.lstat(path))
+        except BaseException:
+            os.close(lock)
+            raise
+        if not same:
+            os.close(lock)
+        return lock if same else -1
 
-    def begin(self, who: str, trees: list[str], units: list[str]) -> None:
-        """Keep all that is to be as it is now. Nothing may be changed before this has returned."""
+    @_one_by_one
+    def begin(self, who: str, trees: list[str], units: list[str], profiles: Iterable[str] = ()) -> None:
+        """Keep all that is to be as it is now. Nothing may be changed before this has returned.
+
+        `profiles`: will be removed or replaced. Raises Refused, OSError.
+        """
+        if self._marks:
+            raise Refused("what was begun here has not ended")
         self.hold()
         if self.status() is not None:
             self._drop()
             raise Refused("the journal of another run is there")
         try:
-            self._keep_all(who, trees, units)
+            self._keep_all(who, trees, units, list(profiles))
         except BaseException:  # nothing was changed
             self._leave()
             raise
 
-    def _keep_all(self, who: str, trees: list[str], units: list[str]) -> None:
+    def _keep_all(self, who: str, trees: list[str], units: list[str], profiles: list[str]) -> None:
         self._clear()
         os.mkdir(f"{self.folder}/objects", 0o700)
+        self._trees = Trees(f"{self.folder}/objects")  # of an earlier journal nothing is kept any more
         # What is written goes through links, and makes the folders that are missing
         real = sorted({_topmost_missing(os.path.realpath(path)) for path in trees})
         trees = [path for path in real if not any(_within(path, other) for other in real)]
@@ -111,20 +147,39 @@ class Journal:
             "format": FORMAT, "who": who, "begun": time.strftime("%Y-%m-%d %H:%M:%S"), "trees": trees,
             "single": [path for path in single if not path.startswith(TRANSIENT)],
         }  # fmt: skip
-        base = self._look(units, keep=True, policy=True)
+        base = self._kept(units, policy=True)
+        lost = kernel.not_kept(base["apparmor"], profiles)
+        if lost:
+            raise Refused(
+                f"profile {', '.join(lost)}: this kernel does not give what it was loaded from, or its digest"
+            )
         self._marks = {"": base}
         text = json.dumps({**self._about, "base": base})
         _write_durably(self._file, text)
 
-    def _look(self, units: list[str], *, keep: bool = False, policy: bool = False) -> Mark:
+    def _parts(self, units: list[str], *, keep: bool = False, policy: bool = False) -> dict[str, Callable[[], Any]]:
+        """How each part of a mark is looked at."""
         save = self._save if keep else None
         return {
-            "files": self._trees.scan(self._about["trees"], self._about["single"], keep=keep),
-            "selinux": kernel.selinux(policy=policy),
-            "apparmor": kernel.apparmor(save),
-            "audit": kernel.audit_rules(),
-            "units": kernel.units(units),
+            "files": lambda: self._trees.scan(self._about["trees"], self._about["single"], keep=keep),
+            "selinux": lambda: kernel.selinux(policy=policy),
+            "apparmor": lambda: kernel.apparmor(save),
+            "audit": kernel.audit_rules,
+            "units": lambda: kernel.units(units),
         }
+
+    def _kept(self, units: list[str], *, policy: bool = False) -> Mark:
+        """How all is now, with the contents kept. Raises Refused, OSError."""
+        return {name: look() for name, look in self._parts(units, keep=True, policy=policy).items()}
+
+    def _seen(self, was: Mark, problems: Problems) -> Mark:
+        """How all is now. A part that cannot be looked at is a problem, and taken for what it was."""
+        policy = bool(was["selinux"] and "policy" in was["selinux"])
+        seen = dict(was)
+        for name, look in self._parts(list(was["units"]), policy=policy).items():
+            with problems.going_on(name):
+                seen[name] = look()
+        return seen
 
     def _at_work(self) -> None:
         """Note, for whoever undoes this, that the run is still at work."""
@@ -150,42 +205,55 @@ class Journal:
         with open(f"{self.folder}/objects/{name}", "rb") as source:
             return source.read()
 
+    @_one_by_one
     def mark(self, name: str) -> None:
         """Remember how all is now. Raises Refused."""
         if not name or "" not in self._marks:
             raise Refused("nothing was begun")
-        self._marks[name] = self._look(list(self._marks[""]["units"]), keep=True)
+        self._marks[name] = self._kept(list(self._marks[""]["units"]))
         self._at_work()
 
+    @_one_by_one
     def restore(self, name: str) -> list[str]:
         """Have all be as it was at a mark, and see that it is; what was put back. Raises Refused."""
         was = self._marks.get(name)
         if was is None:
             raise Refused(f"no mark {name!r}")
         self._end_strays()
-        self._at_work()
-        names = list(was["units"])
-        policy = bool(was["selinux"] and "policy" in was["selinux"])
-        done = [f"{unit} stopped" for unit in kernel.stop_changed(was["units"], kernel.units(names))]
+        done = []
+        aside = Problems()  # what is wrong is seen in the passes
+        with aside.going_on("lock"):
+            self._at_work()
+        with aside.going_on("units"):
+            stopped = kernel.stop_changed(was["units"], kernel.units(list(was["units"])), aside)
+            done += [f"{unit} stopped" for unit in stopped]
+        words: list[str] = []
         for _ in range(PASSES):
-            now = self._look(names, policy=policy)
+            problems = Problems()
+            now = self._seen(was, problems)
             wrong = _differences(was, now)
-            if not wrong:
+            if not wrong and not problems.words:
                 return done
-            done += self._put_back(was, now)
-        raise Refused("not as it was: " + "; ".join(wrong[:MOST_NAMED]))
+            done += self._put_back(was, now, problems)
+            words = [*problems.words, *wrong]
+        more = [f"and {len(words) - MOST_NAMED} more"] if len(words) > MOST_NAMED else []
+        raise Refused("not as it was: " + "; ".join([*words[:MOST_NAMED], *more]))
 
-    def _put_back(self, was: Mark, now: Mark) -> list[str]:
-        done = self._trees.put_back(was["files"], now["files"])
+    def _put_back(self, was: Mark, now: Mark, problems: Problems) -> list[str]:
+        """Put back all that differs, part by part; what cannot be is noted, and keeps no other from it."""
+        done = self._trees.put_back(was["files"], now["files"], problems)
         if any(path.startswith("/etc/systemd/") for path in done):
-            kernel.program("systemctl", "daemon-reload")
+            with problems.going_on("systemctl"):
+                kernel.program("systemctl", "daemon-reload")
         if was["selinux"] and now["selinux"]:
-            done += kernel.put_selinux_back(was["selinux"], now["selinux"])
+            done += kernel.put_selinux_back(was["selinux"], now["selinux"], problems)
         if was["apparmor"] and now["apparmor"]:
-            done += kernel.put_apparmor_back(was["apparmor"], now["apparmor"], self._load)
-        done += kernel.put_audit_back(was["audit"], now["audit"])
-        if not kernel.stop_changed(was["units"], now["units"]):
-            done += [f"{unit} started" for unit in kernel.start_again(was["units"], now["units"])]
+            done += kernel.put_apparmor_back(was["apparmor"], now["apparmor"], self._load, problems)
+        done += kernel.put_audit_back(was["audit"], now["audit"], problems)
+        with problems.going_on("units"):
+            names = list(was["units"])
+            kernel.stop_changed(was["units"], kernel.units(names), problems)
+            done += [f"{unit} started" for unit in kernel.start_again(was["units"], kernel.units(names), problems)]
         return done
 
     def _end_strays(self) -> None:
@@ -195,8 +263,14 @@ class Journal:
                 if int(agent.text_of(f"/proc/{entry}/loginuid")) in self.auids:
                     os.kill(int(entry), signal.SIGKILL)
 
+    @_one_by_one
     def end(self) -> list[str]:
-        """Go back to the beginning, verify every byte of it, and leave nothing behind; what was put back."""
+        """Go back to the beginning, verify every byte of it, and leave nothing behind; what was put back.
+
+        Where nothing was begun, nothing is done.
+        """
+        if not self._marks:
+            return []
         self._trees.forget()
         done = self.restore("")
         os.sync()
@@ -204,16 +278,24 @@ class Journal:
         self._leave()
         return done
 
-    def take_up(self, *, force: bool = False) -> bool:
+    @_one_by_one
+    def take_up(self, *, force: bool = False, who: str = "") -> bool:
         """Read the journal that a killed run has left. False where there is none, and what was begun is removed.
 
         Refused where somebody has changed what is kept since that run; with `force`, that is put back as well.
+        `who`: only where it is theirs.
         """
+        if self._marks:  # it is our own
+            return True
         if not os.path.isdir(self.folder):
             return False
         self.hold()
-        if self.status() is None:
+        there = self.status()
+        if there is None:
             self._leave()
+            return False
+        if who and there["who"] != who:
+            self._drop()
             return False
         with open(self._file, encoding="ascii") as source:
             about = json.load(source)
@@ -234,13 +316,17 @@ class Journal:
         self._marks = {}
 
     def _leave(self) -> None:
-        """Remove the folder, and let go of it. Raises Refused."""
+        """Remove the folder, and let go of it, where nobody else has begun to use it by then. Raises Refused."""
         try:
             self._clear()
             os.unlink(f"{self.folder}/lock")
         finally:
             self._drop()
-        os.rmdir(self.folder)
+        try:
+            os.rmdir(self.folder)
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT}:
+                raise
 
     def _clear(self) -> None:
         """Remove all but the lock: what an earlier run began, before it changed anything. Raises Refused."""
@@ -324,15 +410,19 @@ def begin(who: str, trees: list[str], units: list[str], profiles: list[str], rul
     used = kernel.users_of(profiles, units)
     if used:
         raise Refused(f"{used}, which is no process of {', '.join(units)}: it would lose its confinement")
-    _journal.begin(who, trees, units)
-    try:
-        agent.VEHICLE = f"{_journal.folder}/vehicle"
-        with open(agent.VEHICLE, "xb"):  # what the rule on commands run as a service watches
-            pass
-        kernel.audit_as_needed(rules)
-    except BaseException:
-        _journal.end()
-        raise
+    others = kernel.stopped_along(units)
+    if others:
+        raise Refused(f"{', '.join(others)}: would be stopped with {', '.join(units)}, and not started again")
+    with _journal.turn:
+        _journal.begin(who, trees, units, profiles)
+        try:
+            agent.VEHICLE = f"{_journal.folder}/vehicle"
+            with open(agent.VEHICLE, "xb"):  # what the rule on commands run as a service watches
+                pass
+            kernel.audit_as_needed(rules)
+        except BaseException:
+            _journal.end()
+            raise
 
 
 def mark(name: str) -> None:
@@ -350,9 +440,13 @@ def end() -> list[str]:
     return _journal.end()
 
 
-def undo(force: bool = False) -> list[str] | None:
-    """Undo what a killed run has left; None where there is nothing. `force`: what others changed since as well."""
-    return _journal.end() if _journal.take_up(force=force) else None
+def undo(force: bool = False, who: str = "") -> list[str] | None:
+    """Undo what a killed run has left; None where there is nothing. `force`: what others changed since as well.
+
+    `who`: only what this one has begun.
+    """
+    with _journal.turn:
+        return _journal.end() if _journal.take_up(force=force, who=who) else None
 
 
 def clock(seconds: float) -> None:

@@ -68,6 +68,7 @@ class SshMachine:
         self._channel = _Guarded(self)
         self._interrupted = False
         self._ended = False
+        self._who = f"{getpass.getuser()} at {socket.gethostname()}, lsmlab {__version__}, process {os.getpid()}"
         self.problem = ""
         """Why it is not known that all is as it was; set by `stop`."""
 
@@ -102,14 +103,15 @@ class SshMachine:
         self._interrupted = True
 
     def begin(self, changes: Changes) -> None:
-        """Have the journal written; then auditing records what evidence needs. Raises MachineError: nothing is changed
-        then."""
-        who = f"{getpass.getuser()} at {socket.gethostname()}, lsmlab {__version__}, process {os.getpid()}"
+        """Have the journal written; then auditing records what evidence needs.
+
+        Raises MachineError: whether it was done is not known then, and `stop` has to follow.
+        """
         with self._undoing():
             self._connection.ask("subjects", names=list(changes.subjects))
             self._connection.ask(
                 "begin", within=UNDO_SECONDS,
-                who=who, trees=list(changes.trees), units=list(changes.units), profiles=list(changes.profiles),
+                who=self._who, trees=list(changes.trees), units=list(changes.units), profiles=list(changes.profiles),
                 rules=audit_rules(),
             )  # fmt: skip
 
@@ -158,4 +160,4 @@ class SshMachine:
             if not self._connection.fault:
                 raise
         with contextlib.closing(open_ssh(self.name, PARTS)) as again:  # it was lost: once more, by the journal
-            again.ask("undo", within=UNDO_SECONDS)
+            again.ask("undo", within=UNDO_SECONDS, who=self._who)
