@@ -59,7 +59,8 @@ class Engine(http.client.HTTPConnection):
         self.sock.connect("/run/docker.sock")
 def ask(method, path, body=None):
     link = Engine("engine")
-    link.request(method, path, json.dumps(body), {"Content-Type": "application/json", "Connection": "close"})
+    data = None if body is None else json.dumps(body)  # to a GET the engine answers, and closes, before it reads one
+    link.request(method, path, data, {"Content-Type": "application/json", "Connection": "close"})
     answer = link.getresponse()
     said = answer.read()
     if answer.status >= 300:
