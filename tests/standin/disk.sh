@@ -37,32 +37,32 @@ menuentry Linux {
 GRUB
 
 # The tree's own tools: this machine need not have them
-mkdir $tree/mnt/work
-mount --bind . $tree/mnt/work
+mkdir $tree/mnt/here
+mount --bind . $tree/mnt/here
 mount --bind /proc $tree/proc
-chroot $tree grub-mkimage -O i386-pc -o /mnt/work/core.img -p "(hd0,gpt2)$boot/grub" \
+chroot $tree grub-mkimage -O i386-pc -o /mnt/here/core.img -p "(hd0,gpt2)$boot/grub" \
     biosdisk part_gpt ext2 btrfs normal linux configfile
 cp $tree/usr/lib/grub/i386-pc/boot.img .
 truncate -s "${disk_mib}M" disk.raw
 printf '%s\n' 'label: gpt' 'start=2048,size=2048,type=21686148-6449-6E6F-744E-656564454649' 'start=4096,type=L' |
-    chroot $tree sfdisk -q /mnt/work/disk.raw
+    chroot $tree sfdisk -q /mnt/here/disk.raw
 size=$((disk_mib - 3))
 if [ "$shape" = btrfs ]; then
     mkdir tools
     tar -C tools --exclude='./dev/*' -xf tree.tar
 fi
-umount $tree/proc $tree/mnt/work
-rmdir $tree/mnt/work
+umount $tree/proc $tree/mnt/here
+rmdir $tree/mnt/here
 rm $tree/dev/null
 if [ "$shape" = ext4 ]; then
     mke2fs -q -t ext4 -U "$uuid" -d top fs.raw "${size}M"
 else
     truncate -s "${size}M" fs.raw
-    mkdir tools/mnt/work
-    mount --bind . tools/mnt/work
+    mkdir tools/mnt/here
+    mount --bind . tools/mnt/here
     mount --bind /proc tools/proc
-    chroot tools mkfs.btrfs -q -U "$uuid" --rootdir /mnt/work/top --subvol rw:root --subvol rw:home /mnt/work/fs.raw
-    umount tools/proc tools/mnt/work
+    chroot tools mkfs.btrfs -q -U "$uuid" --rootdir /mnt/here/top --subvol rw:root --subvol rw:home /mnt/here/fs.raw
+    umount tools/proc tools/mnt/here
     rm -rf tools
 fi
 rm -rf top
