@@ -5,18 +5,20 @@ from __future__ import annotations
 import base64
 import re
 import secrets
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
 from lsmlab import evidence, facts
 from lsmlab.channel.base import Channel
-from lsmlab.container import install, transport
-from lsmlab.container.engine import Running
+from lsmlab.container import install
 from lsmlab.definition import Strict
 from lsmlab.errors import ChannelError
 from lsmlab.scenario import CANARY, Attempt, Effect
 from lsmlab.terms import SourceState
+
+if TYPE_CHECKING:
+    from lsmlab.container.engine import Running
 
 SENTINEL_SECONDS = 20
 """How long the sentinel may take through the audit queue before the log counts as unavailable."""
@@ -252,6 +254,8 @@ class _Inside:
 
     def ended(self, exchange: Ended, answer: Any) -> Ended:
         """From the engine's answer, `answer` with its bytes as they came. Raises EngineError."""
+        from lsmlab.container import transport  # noqa: PLC0415 - its library takes a moment, and few commands need it
+
         if exchange.timed_out:
             return exchange.model_copy(update={"out": ""})
         written = self._container.output(transport.carried(answer, self._spec.id))

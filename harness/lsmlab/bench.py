@@ -176,7 +176,7 @@ class Bench:
     @property
     def hardware(self) -> Hardware:
         """What every guest of this bench is made of."""
-        return Hardware(self.acceleration.name, self.lab.memory_mib, self._version, build.network_of(self.image))
+        return Hardware(self.acceleration.name, self.lab.memory_mib, self._version, self.image.network)
 
     @property
     def environment(self) -> Environment:

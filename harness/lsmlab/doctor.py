@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lsmlab import download, host, paths
+from lsmlab import host, paths
 from lsmlab.bench import guest_budget
 from lsmlab.errors import LsmlabError
 from lsmlab.image import build, cloud, debian
@@ -166,6 +166,8 @@ def _kvm(lab: Lab) -> Finding:
 
 def _download(image: CloudImage) -> Finding:
     """Whether the distribution's file is there, and whether its list is signed by a key that is here."""
+    from lsmlab import download  # noqa: PLC0415 - its library takes a moment that no other command has to wait for
+
     try:
         size = download.length(image.url)
         digest = cloud.expected_digest(image, Silent(), "doctor")

@@ -124,7 +124,7 @@ def _wanted() -> _Wanted:
             continue
         images[image.folder.name] = image.digest
         for accelerator in CPU:
-            hardware = Hardware(accelerator, lab.memory_mib, version, build.network_of(image))
+            hardware = Hardware(accelerator, lab.memory_mib, version, image.network)
             for kernel in lab.kernel_arguments:
                 key = states.folder_of(lab, image, kernel, hardware, "").name
                 fitting[key] = states.fits(lab, image, kernel, hardware)

@@ -6,11 +6,11 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lsmlab import attempt, evidence, facts
 from lsmlab.channel.base import Channel
-from lsmlab.container.engine import SLICE, Engine, Running
-from lsmlab.container.install import DEFAULT_PROFILE
+from lsmlab.container.install import DEFAULT_PROFILE, SLICE
 from lsmlab.container.spec import Container
 from lsmlab.errors import ChannelError, DefinitionError, SetupError
 from lsmlab.evidence import Denial
@@ -20,6 +20,9 @@ from lsmlab.image.build import Image
 from lsmlab.lab import Lab
 from lsmlab.scenario import Scenario, Step, Write
 from lsmlab.terms import Arm, SourceState
+
+if TYPE_CHECKING:
+    from lsmlab.container.engine import Engine, Running
 
 STEP_SECONDS = 120
 
@@ -89,8 +92,10 @@ def set_up(channel: Channel, arm: Arm, plan: Plan, image: Image | None) -> bool:
     FRAMEWORKS[arm.framework].load(channel, image, plan.policy)
     was_running = is_running(channel, plan.unit)
     do_steps(channel, plan.setup, "setup")
-    for number, container in enumerate(plan.beside, 1):
-        Engine(channel).start(container, arm, name=f"beside-{number}", unconfined=False)
+    if plan.beside:
+        engine = _engine(channel)
+        for number, container in enumerate(plan.beside, 1):
+            engine.start(container, arm, name=f"beside-{number}", unconfined=False)
     if not is_running(channel, plan.unit):
         return not was_running
     channel.run(["systemctl", "stop", plan.unit], timeout=STEP_SECONDS).check()
@@ -118,10 +123,16 @@ def enter(channel: Channel, arm: Arm, plan: Plan, *, start: bool) -> Prepared:
     return Prepared(service_active=started, setup_denials=denials, container=running)
 
 
+def _engine(channel: Channel) -> Engine:
+    from lsmlab.container.engine import Engine  # noqa: PLC0415 - its library takes a moment, and few commands need it
+
+    return Engine(channel)
+
+
 def _start_container(channel: Channel, arm: Arm, container: Container) -> Running:
     """The subject's container, in the arm's mode. Raises EngineError, and FrameworkError where nothing confines it."""
     assert arm.framework is not None
-    engine = Engine(channel)
+    engine = _engine(channel)
     engine.need(arm.framework)
     return engine.start(container, arm, name="subject", unconfined=arm.unconfined, group=SLICE)
 

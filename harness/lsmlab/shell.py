@@ -15,11 +15,11 @@ import termios
 import threading
 import tty
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from lsmlab import attempt, prepare
 from lsmlab.bench import Bench
 from lsmlab.channel.base import Channel, CommandResult
-from lsmlab.container.engine import Running
 from lsmlab.definition import unknown_name
 from lsmlab.errors import ChannelError, HostError, LsmlabError
 from lsmlab.framework import FRAMEWORKS
@@ -27,6 +27,9 @@ from lsmlab.framework.base import PolicyUnderTest
 from lsmlab.machine.qemu import QemuMachine
 from lsmlab.scenario import Attempt, Scenario
 from lsmlab.terms import Arm
+
+if TYPE_CHECKING:
+    from lsmlab.container.engine import Running
 
 DETACH = b"\x1d"
 """Ctrl-]: leaves the shell, as in telnet and virsh console."""

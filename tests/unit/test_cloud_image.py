@@ -306,9 +306,8 @@ def test_saved_guests_of_a_cloud_lab_are_current(address: str, tmp_path: Path, m
     found = build.find(made)
     assert found is not None
     assert found.access is not None
-    network = build.network_of(found)
-    assert network is Network.OURS
-    hardware = Hardware("tcg", made.memory_mib, host.version(QEMU, "--version"), network)
+    assert found.network is Network.OURS
+    hardware = Hardware("tcg", made.memory_mib, host.version(QEMU, "--version"), found.network)
     put(states.folder_of(made, found, Kernel.NONE, hardware, "a"), {"ram": b"r", "disk.qcow2": b"d"},
         states.fits(made, found, Kernel.NONE, hardware))  # fmt: skip
     monkeypatch.chdir(tmp_path / "here")

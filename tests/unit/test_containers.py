@@ -131,15 +131,14 @@ def connected(fake: FakeEngine) -> Engine:
 
 def started(fake: FakeEngine, arm: Arm = ENFORCE, **container: Any) -> Running:
     given = Container.model_validate(container, strict=False)
-    return connected(fake).start(given, arm, name="subject", unconfined=arm.unconfined, group=engine.SLICE)
+    return connected(fake).start(given, arm, name="subject", unconfined=arm.unconfined, group=install.SLICE)
 
 
 @pytest.fixture
 def reached(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """The engine is where a guest has it."""
     monkeypatch.setattr(install, "SOCKET", fake.path)
-    for module in (prepare, engine):
-        monkeypatch.setattr(module, "Engine", lambda channel: Engine(channel, fake.path))
+    monkeypatch.setattr(engine, "Engine", lambda channel: Engine(channel, fake.path))
     return fake
 
 
@@ -526,7 +525,7 @@ def test_containers_are_run_where_an_engine_is() -> None:
     with_engine, without = discovery.load_lab("docker-debian-13", REPO), discovery.load_lab("debian-13", REPO)
     assert run.chosen([about, service], with_engine) == (about,)
     assert run.chosen([about, service], without) == (service,)
-    assert prepare.plan_of(about, with_engine).unit == engine.SLICE
+    assert prepare.plan_of(about, with_engine).unit == install.SLICE
     with pytest.raises(DefinitionError, match="lab debian-13 has no container engine") as caught:
         run.cases(run.chosen([about], without), without)
     assert "docker-debian-13" in caught.value.hint
@@ -596,7 +595,8 @@ def test_the_containers_beside_it_are_there_first_and_confined(reached: FakeEngi
     prepare.bring_into(in_arm({}), UNCONFINED, about, IMAGE_OF_NONE)
     first, second = [body["HostConfig"] for line, body in reached.asked if line == "POST /containers/create"]
     assert (first["Binds"][1:], first.get("SecurityOpt") or []) == (["/srv/a:/data:Z"], [])
-    assert "CgroupParent" not in first and second["CgroupParent"] == engine.SLICE, "its processes are not the subject's"
+    assert "CgroupParent" not in first, "its processes are not the subject's"
+    assert second["CgroupParent"] == install.SLICE
     assert second["SecurityOpt"] == ["apparmor=unconfined"]
 
 
@@ -621,7 +621,7 @@ def made_in(fake: FakeEngine, **result: Any) -> attempt.Observation:
     opened = attempt.Opened(
         subject=subject(), object=None, mode=mode(ENFORCE), audit=facts.AuditState(**audit_state(size=0))
     )
-    seen = attempt.make(channel, contained().attempts[0], engine.SLICE, opened, running)
+    seen = attempt.make(channel, contained().attempts[0], install.SLICE, opened, running)
     assert channel.written == {install.AUID_PATH: f"{seen.auid}\n".encode()}, "before the engine is asked for anything"
     return seen
 

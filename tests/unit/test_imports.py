@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -267,3 +268,11 @@ def test_only_the_command_line_prints_or_exits() -> None:
     wrong = [where for place, where in others.items() if place not in EXCEPTIONS]
     assert not wrong, "\n".join(wrong)
     assert set(found) >= EXCEPTIONS, "an exception that is needed no more"
+
+
+def test_no_command_waits_for_libraries_that_few_need() -> None:
+    """They take as long to load as all the rest."""
+    slow = ("cryptography", "docker", "paramiko", "pycdlib", "requests")
+    look = f"import sys, lsmlab.cli; print([name for name in {slow} if name in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True).stdout
+    assert said == "[]\n"

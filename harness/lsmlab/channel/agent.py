@@ -143,6 +143,10 @@ class AgentChannel:
         with contextlib.suppress(Exception):
             portal.call(self._close(), 5)
 
+    def drop(self) -> None:
+        """The same, without a word to the other end: it is about to be another. Never raises."""
+        self.close()
+
     async def _close(self) -> None:
         if self._transport is None:
             self._socket.close()

@@ -24,8 +24,6 @@ T = TypeVar("T")
 
 LEAST_API = (1, 41)
 """Docker Engine 20.10, which Debian 11 and 12 have."""
-SLICE = "system-lsmlab.slice"
-"""The subject's container lies in this group of systemd's: to the agent, a unit like any other."""
 LOG_LINES = 10
 UNCONFINED = {Framework.APPARMOR: "apparmor=unconfined", Framework.SELINUX: "label=disable"}
 OPTION = {Framework.APPARMOR: "apparmor=", Framework.SELINUX: "label="}

@@ -12,6 +12,8 @@ from lsmlab.definition import digest_of
 DEFAULT_PROFILE = "docker-default"
 """The AppArmor profile that the engine loads, and confines containers by."""
 SOCKET = "/run/docker.sock"
+SLICE = "system-lsmlab.slice"
+"""The subject's container lies in this group of systemd's: to the agent, a unit like any other."""
 IMAGE = "lsmlab"
 VEHICLE = "/usr/lib/lsmlab/vehicle"
 """The one program of every container, a copy of the guest's BusyBox: the image's audit rule records its exec."""

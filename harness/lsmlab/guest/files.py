@@ -63,7 +63,6 @@ class Trees:
     def __init__(self, objects: str) -> None:
         self._objects = objects
         self._known: dict[str, tuple[tuple[int, ...], Entry]] = {}
-        self._kept: set[str] = set()
         self._bytes = 0
 
     def forget(self) -> None:
@@ -135,8 +134,7 @@ class Trees:
     def _keep(self, path: str, entry: Entry) -> None:
         digest = entry["digest"]
         target = f"{self._objects}/{digest}"
-        if digest in self._kept or os.path.exists(target):
-            self._kept.add(digest)
+        if os.path.exists(target):
             return
         draft = f"{self._objects}/{DRAFT}{secrets.token_hex(8)}"
         copy = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -152,7 +150,6 @@ class Trees:
                 os.unlink(draft)
                 raise Refused(f"{path}: changes while it is read")
         os.rename(draft, target)
-        self._kept.add(digest)
 
     def put_back(self, wanted: dict[str, Entry], found: dict[str, Entry], problems: Problems) -> list[str]:
         """Make what was `found` what is `wanted`; the files that were changed for it. One that cannot be is noted."""

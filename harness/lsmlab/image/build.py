@@ -9,17 +9,18 @@ import secrets
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lsmlab import cache, paths
-from lsmlab.channel.ssh import Access
 from lsmlab.definition import digest_of
 from lsmlab.errors import ImageError
 from lsmlab.image import cloud, debian
-from lsmlab.image.seed import USER
 from lsmlab.lab import Lab
 from lsmlab.machine.hardware import Network
 from lsmlab.progress import Progress
+
+if TYPE_CHECKING:
+    from lsmlab.channel.ssh import Access
 
 FORMAT = "2"
 """Changes with the meaning of what is built: older images are then built anew."""
@@ -78,7 +79,12 @@ class Image:
         """How its guests are logged in to; None: they have no network, and the agent starts by itself."""
         if cloud.KEY not in self.files:
             return None
-        return Access(USER, self.folder / cloud.KEY, self.folder / cloud.KNOWN_HOSTS)
+        return cloud.access_by(self.folder)
+
+    @property
+    def network(self) -> Network:
+        """What its guests' network card reaches."""
+        return Network.OURS if cloud.KEY in self.files else Network.NONE
 
 
 def recipe_digest(lab: Lab) -> str:
@@ -107,11 +113,6 @@ def _recipe(lab: Lab) -> str:
 def files_of(lab: Lab) -> tuple[str, ...]:
     """What the lab's image consists of."""
     return debian.FILES if lab.image is not None else cloud.FILES
-
-
-def network_of(image: Image) -> Network:
-    """What its guests' network card reaches."""
-    return Network.OURS if image.access else Network.NONE
 
 
 def folder_of(lab: Lab, build_id: str) -> Path:

@@ -12,11 +12,10 @@ import gzip
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lsmlab import cache, download, host
+from lsmlab import cache, host
 from lsmlab.channel.base import Channel
-from lsmlab.channel.ssh import Access
 from lsmlab.errors import DamagedError, HostError, ImageError, MachineError
 from lsmlab.image import policy, qcow2, seed, signed
 from lsmlab.lab import CloudImage, Lab
@@ -25,6 +24,9 @@ from lsmlab.machine.hardware import Hardware, Network, OwnLoader
 from lsmlab.machine.qemu import QEMU, QemuMachine
 from lsmlab.progress import Progress
 from lsmlab.terms import Framework
+
+if TYPE_CHECKING:
+    from lsmlab.channel.ssh import Access
 
 KEY, KNOWN_HOSTS = "ssh-key", "ssh-known-hosts"
 FILES = ("disk.qcow2", "vmlinuz", "initrd", "packages", KEY, KNOWN_HOSTS)
@@ -62,11 +64,20 @@ ROOT_KEYS = ("root=", "rootflags=", "rootfstype=", "rd.", "net.ifnames=", "biosd
 ROOT_FLAGS = frozenset({"ro", "rw"})
 
 
+def access_by(folder: Path) -> Access:
+    """How a guest is logged in to whose keys lie in `folder`."""
+    from lsmlab.channel.ssh import Access  # noqa: PLC0415 - paramiko takes longer to load than most commands run
+
+    return Access(seed.USER, folder / KEY, folder / KNOWN_HOSTS)
+
+
 def make(lab: Lab, work: Path, task: str, progress: Progress, accelerator: str, file: Path | None) -> dict[str, Any]:
     """Make FILES in `work`; what there is to say of them. `file`: the distribution's image, where it is here already.
 
     Raises HostError, DownloadError, DamagedError and ImageError, MachineError where it does not let us in.
     """
+    from lsmlab import download  # noqa: PLC0415 - its library takes a moment that no other command has to wait for
+
     image = lab.cloud_image
     assert image is not None
     host.need_x86("preparing an image")
@@ -94,6 +105,8 @@ def expected_digest(image: CloudImage, progress: Progress, task: str) -> str:
 
     Raises DownloadError; ImageError where the list cannot be trusted, or the two differ.
     """
+    from lsmlab import download  # noqa: PLC0415 - its library takes a moment that no other command has to wait for
+
     if image.checksums is None:
         assert image.sha256 is not None
         return image.sha256
@@ -160,8 +173,8 @@ def _prepare(
     seed.write(work / "seed.iso", user, machine)
     (work / KEY).touch(0o600)
     (work / KEY).write_text(user.private, "utf-8")
-    (work / KNOWN_HOSTS).write_text(f"{Access.HOST_NAME} {machine.public}\n", "utf-8")
-    access = Access(seed.USER, work / KEY, work / KNOWN_HOSTS)
+    access = access_by(work)
+    access.known_hosts.write_text(f"{access.HOST_NAME} {machine.public}\n", "utf-8")
     with _first_boot(lab, work, access, task, progress, accelerator) as guest:
         channel = guest.channel
         progress.step(task, "waiting for cloud-init")

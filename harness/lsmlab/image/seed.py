@@ -10,10 +10,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import pycdlib
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-
 USER = "lsmlab"
 MAC_ADDRESS = "52:54:00:12:34:56"
 """QEMU's own, of the one network card that a guest has."""
@@ -29,6 +25,15 @@ class KeyPair:
     @classmethod
     def generate(cls) -> KeyPair:
         """A new one, Ed25519."""
+        # Here, as pycdlib below: no command but the one that prepares an image has to wait for them
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: PLC0415
+        from cryptography.hazmat.primitives.serialization import (  # noqa: PLC0415
+            Encoding,
+            NoEncryption,
+            PrivateFormat,
+            PublicFormat,
+        )
+
         key = Ed25519PrivateKey.generate()
         private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
         public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
@@ -40,6 +45,8 @@ def write(target: Path, user: KeyPair, machine: KeyPair) -> None:
 
     So it is known beforehand, and nobody is taken at his word at the first connection.
     """
+    import pycdlib  # noqa: PLC0415 - see KeyPair.generate
+
     documents = {
         "user-data": "#cloud-config\n" + json.dumps(_user_data(user, machine), indent=1),  # JSON is YAML
         "meta-data": json.dumps({"instance-id": "lsmlab", "local-hostname": "lsmlab"}),

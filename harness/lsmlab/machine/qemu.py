@@ -19,17 +19,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qemu.qmp import QMPClient, QMPError
 from qemu.qmp.protocol import Runstate
 
 from lsmlab import host, portal
-from lsmlab.channel import ssh
 from lsmlab.channel.agent import AgentChannel
 from lsmlab.channel.base import Channel
 from lsmlab.errors import ChannelError, LsmlabError, MachineError
 from lsmlab.machine.hardware import SSH_PORT, Boot, Hardware, OwnLoader
+
+if TYPE_CHECKING:
+    from lsmlab.channel.ssh import Access
 
 QEMU = "qemu-system-x86_64"
 QMP_SECONDS = 120.0
@@ -61,7 +63,7 @@ class QemuMachine:
         self._process = process
         self._qmp_socket = qmp
         self._agent = agent
-        self._access: ssh.Access | None = None
+        self._access: Access | None = None
         self._client = QMPClient(f"qemu-{name}")
         self._client.logger.disabled = True
         self._console_text = ""
@@ -80,7 +82,7 @@ class QemuMachine:
         scratch: Path,
         keep_overlay: Path | None = None,
         timeout: float = 180,
-        access: ssh.Access | None = None,
+        access: Access | None = None,
     ) -> QemuMachine:
         """Start a guest on an overlay over `disk`, from `boot` or from the RAM state in file `incoming`.
 
@@ -194,7 +196,7 @@ class QemuMachine:
             raise MachineError(f"QEMU ended or does not answer: {words or error}") from error
         self._agent.connect()
 
-    def _come_up(self, from_state: bool, timeout: float, access: ssh.Access | None) -> None:
+    def _come_up(self, from_state: bool, timeout: float, access: Access | None) -> None:
         if from_state:
             self._finish_incoming(time.monotonic() + 60)
         try:
@@ -209,11 +211,13 @@ class QemuMachine:
                 raise MachineError(f"QEMU ended: {self._last_words() or 'without a word'}") from error
             raise
 
-    def use_ssh(self, access: ssh.Access, timeout: float) -> None:
+    def use_ssh(self, access: Access, timeout: float) -> None:
         """Ask the guest over SSH from now on. One that has just been started answers when it is up.
 
         Raises ChannelError where it lets nobody in within `timeout` seconds.
         """
+        from lsmlab.channel import ssh  # noqa: PLC0415 - paramiko takes longer to load than most commands run
+
         self._access = access
         place = access.place(self.name, self._ssh_port())
         deadline = time.monotonic() + timeout
@@ -291,7 +295,7 @@ class QemuMachine:
 
     def restore(self, name: str) -> None:
         """See `Machine.restore`."""
-        if isinstance(self._agent, ssh.SshChannel):
+        if self._access is not None:
             self._agent.drop()
         self._human(f"loadvm {name}")
         if self.monitor("query-status").get("status") != "running":

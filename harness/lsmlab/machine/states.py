@@ -18,7 +18,7 @@ from typing import Any
 from lsmlab import cache, paths
 from lsmlab.channel.agent import agent_digest
 from lsmlab.channel.base import Channel
-from lsmlab.container import engine, install
+from lsmlab.container import install
 from lsmlab.definition import digest_of
 from lsmlab.errors import HostError, LsmlabError, MachineError
 from lsmlab.image.build import Image
@@ -196,6 +196,8 @@ def _boot(lab: Lab, image: Image, kernel: Kernel, state: SavedState, progress: P
             progress.step(task, f"letting {lab.title} settle (kernel: {kernel})")
             settle(machine.channel, kernel)
             if lab.engine is not None:
+                from lsmlab.container import engine  # noqa: PLC0415 - its library takes a moment, and few labs need it
+
                 progress.step(task, f"starting {lab.title}'s container engine (kernel: {kernel})")
                 engine.bring_up(machine.channel, lab.engine.units)
             progress.step(task, f"saving the booted state (kernel: {kernel})")
