@@ -295,6 +295,23 @@ def test_a_lab_that_emulation_cannot_run_says_so(monkeypatch: pytest.MonkeyPatch
     assert "KVM" not in doctor.lacking(discovery.load_lab("fedora-44"))
 
 
+@pytest.mark.parametrize(
+    ("lab_id", "worth", "wanted", "names"),
+    [
+        ("fedora-44", True, "auto", ("kvm", "tcg")),
+        ("fedora-44", False, "auto", ("tcg",)),
+        ("fedora-44", False, "kvm", ("kvm",)),
+        ("almalinux-10", True, "auto", ("kvm",)),
+        ("almalinux-10", False, "kvm", ("kvm",)),
+    ],
+)
+def test_what_an_image_is_first_booted_with(
+    monkeypatch: pytest.MonkeyPatch, lab_id: str, worth: bool, wanted: str, names: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(accel, "worth_trying", lambda: worth)
+    assert accel.to_try(discovery.load_lab(lab_id), wanted) == names
+
+
 def test_saved_guests_of_a_cloud_lab_are_current(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `images prune` would remove is what no run would use: the network card is part of a guest."""
     (tmp_path / "here" / "labs").mkdir(parents=True)

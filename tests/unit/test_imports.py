@@ -53,7 +53,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "machine machine.base machine.hardware",
         "machine.qemu",
         "machine.accel",
-        "image image.policy image.probe image.qcow2 image.seed image.signed",
+        "image image.policy image.probe image.qcow2 image.seed image.signed image.step",
         "image.debian image.cloud",
         "image.build",
         "image.archive",

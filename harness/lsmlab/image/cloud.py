@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lsmlab import cache, host
 from lsmlab.channel.base import Channel
 from lsmlab.errors import DamagedError, HostError, ImageError, MachineError
-from lsmlab.image import policy, qcow2, seed, signed
+from lsmlab.image import policy, qcow2, seed, signed, step
 from lsmlab.lab import CloudImage, Lab
 from lsmlab.machine import accel
 from lsmlab.machine.hardware import Hardware, Network, OwnLoader
@@ -81,8 +81,7 @@ def make(lab: Lab, work: Path, task: str, progress: Progress, accelerator: str, 
     image = lab.cloud_image
     assert image is not None
     host.need_x86("preparing an image")
-    if lab.needs_kvm and (accelerator == "tcg" or (accelerator == "auto" and not accel.worth_trying())):
-        raise accel.kvm_needed(lab.id)
+    accelerators = accel.to_try(lab, accelerator)
     host.need(QEMU)
     host.need("qemu-img")
     expected = expected_digest(image, progress, task)
@@ -93,10 +92,10 @@ def make(lab: Lab, work: Path, task: str, progress: Progress, accelerator: str, 
         digest = _verify(there, expected, what, AGAIN if file is None else OTHER)
         progress.step(task, "unpacking the disk")
         _unpack(there, work / "source.qcow2", image.disk_mib, what)
-        about = _prepare(lab, image, work, task, progress, accelerator)
+        about = _prepare(lab, image, work, task, progress, accelerators)
         progress.step(task, "packing the disk")
         packed = [host.need("qemu-img"), "convert", "-q", "-O", "qcow2", str(work / "prepared.qcow2")]
-        _on_host([*packed, str(work / "disk.qcow2")], f"packing the disk of {lab.id}")
+        step.run(host.dying_with_us([*packed, str(work / "disk.qcow2")]), f"packing the disk of {lab.id}")
     return about | {"source": {"url": image.url, "sha256": digest}}
 
 
@@ -145,9 +144,10 @@ def _unpack(file: Path, target: Path, disk_mib: int, what: str) -> None:
         raise DamagedError(f"{what}: is no disk: neither qcow2, nor does it have a partition table")
     cache.need_mib(2 * (file.stat().st_size >> 20) + disk_mib // 2, "preparing a cloud image")
     convert = [host.need("qemu-img"), "convert", "-q", "-f", "qcow2" if plain else "raw", "-O", "qcow2"]
-    _on_host([*convert, str(file), str(target)], f"unpacking {what}")
+    step.run(host.dying_with_us([*convert, str(file), str(target)]), f"unpacking {what}")
     if size < disk_mib << 20:  # its last partition grows into it: cloud-init's growpart
-        _on_host([host.need("qemu-img"), "resize", "-q", str(target), f"{disk_mib}M"], f"enlarging {what}")
+        resize = [host.need("qemu-img"), "resize", "-q", str(target), f"{disk_mib}M"]
+        step.run(host.dying_with_us(resize), f"enlarging {what}")
 
 
 def _has_partitions(file: Path) -> bool:
@@ -155,18 +155,11 @@ def _has_partitions(file: Path) -> bool:
         return handle.read(512)[510:] == b"\x55\xaa"
 
 
-def _on_host(argv: list[str], what: str) -> None:
-    try:
-        host.run(host.dying_with_us(argv), what=what, timeout=STEP_SECONDS)
-    except HostError as error:
-        raise ImageError(error.message, hint=error.hint) from error
-
-
 # In the guest
 
 
 def _prepare(
-    lab: Lab, image: CloudImage, work: Path, task: str, progress: Progress, accelerator: str
+    lab: Lab, image: CloudImage, work: Path, task: str, progress: Progress, accelerators: Sequence[str]
 ) -> dict[str, Any]:
     """Boot the image, make it a lab's disk, `prepared.qcow2`, and take along what FILES names."""
     user, machine = seed.KeyPair.generate(), seed.KeyPair.generate()
@@ -175,7 +168,7 @@ def _prepare(
     (work / KEY).write_text(user.private, "utf-8")
     access = access_by(work)
     access.known_hosts.write_text(f"{access.HOST_NAME} {machine.public}\n", "utf-8")
-    with _first_boot(lab, work, access, task, progress, accelerator) as guest:
+    with _first_boot(lab, work, access, task, progress, accelerators) as guest:
         channel = guest.channel
         progress.step(task, "waiting for cloud-init")
         _there(channel, ["cloud-init", "status", "--wait"], "cloud-init", statuses=(0, 2))  # 2: done, with warnings
@@ -198,14 +191,11 @@ def _prepare(
 
 @contextlib.contextmanager
 def _first_boot(
-    lab: Lab, work: Path, access: Access, task: str, progress: Progress, accelerator: str
+    lab: Lab, work: Path, access: Access, task: str, progress: Progress, accelerators: Sequence[str]
 ) -> Iterator[QemuMachine]:
     """A guest of the image itself, logged in. KVM, where it is tried, has to bring it up soon."""
     version = host.version(QEMU, "--version")
-    names: tuple[str, ...] = (accelerator,)
-    if accelerator == "auto":
-        names = ("kvm", *(() if lab.needs_kvm else ("tcg",))) if accel.worth_trying() else ("tcg",)
-    for name in names:
+    for name in accelerators:
         progress.step(task, f"booting {lab.title} for the first time ({name})")
         try:
             guest = QemuMachine.start(
@@ -214,7 +204,7 @@ def _first_boot(
                 timeout=FIRST_BOOT_SECONDS[name], access=access,
             )  # fmt: skip
         except MachineError as error:
-            if name == names[-1]:
+            if name == accelerators[-1]:
                 raise
             why = error.message.partition("\n")[0]
             progress.note(f"{lab.title} does not come up under KVM ({why}): preparing it in software emulation.")

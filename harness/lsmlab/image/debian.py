@@ -10,7 +10,7 @@ from typing import Any
 
 from lsmlab import cache, host
 from lsmlab.errors import HostError, ImageError
-from lsmlab.image import policy
+from lsmlab.image import policy, step
 from lsmlab.lab import DebianImage, Lab
 from lsmlab.progress import Progress
 
@@ -33,7 +33,7 @@ def make(lab: Lab, image: DebianImage, work: Path, task: str, progress: Progress
         for name in ("masked_units", "disabled_units"):
             (work / name).write_text("".join(f"{u}\n" for u in getattr(image, name)), "utf-8")
         argv = ["sh", str(here / "prepare.sh"), str(work), str(here / "overlay"), str(image.disk_mib)]
-        host_step(host.in_namespace(argv), f"preparing the disk of {lab.id}")
+        step.run(host.in_namespace(argv), f"preparing the disk of {lab.id}")
     progress.step(task, "proving that the policy without dontaudit decides the same")
     about: dict[str, Any] = {
         "kernel_release": (work / "kernel").read_text("utf-8").split()[0],
@@ -44,7 +44,7 @@ def make(lab: Lab, image: DebianImage, work: Path, task: str, progress: Progress
         about["dontaudit_rules_removed"] = policy.prove_same_decisions(shipped, audited)
     progress.step(task, "packing the disk")
     convert = [host.need("qemu-img"), "convert", "-q", "-O", "qcow2", str(work / "disk.raw"), str(work / "disk.qcow2")]
-    host_step(host.dying_with_us(convert), f"packing the disk of {lab.id}")
+    step.run(host.dying_with_us(convert), f"packing the disk of {lab.id}")
     return about
 
 
@@ -64,14 +64,6 @@ def _see_what_a_build_needs(lab: Lab) -> None:
         raise HostError(error.message, hint=f"{error.hint}\n  {elsewhere}".strip()) from error
 
 
-def host_step(argv: list[str], what: str) -> None:
-    """A long step on this machine. Raises ImageError."""
-    try:
-        host.run(argv, what=what, timeout=1800)
-    except HostError as error:
-        raise ImageError(error.message, hint=error.hint) from error
-
-
 def _bootstrap(lab: Lab, image: DebianImage, work: Path) -> None:
     sources = package_sources(image.suite)
     (work / "apt.conf").write_text(proxy_settings(), "utf-8")
@@ -83,7 +75,7 @@ def _bootstrap(lab: Lab, image: DebianImage, work: Path) -> None:
     # In namespaces of ours, also without root: they die with us, and what is left of it lies in the work folder
     argv = host.in_namespace(["env", f"TMPDIR={work}", *argv, "--mode=root"])
     try:
-        host_step([*argv, image.suite, str(work / "tree.tar"), *sources], f"installing the packages of {lab.id}")
+        step.run([*argv, image.suite, str(work / "tree.tar"), *sources], f"installing the packages of {lab.id}")
     except ImageError as error:
         unknown = re.findall(r"^E: Unable to locate package (\S+)$", error.message, re.MULTILINE)
         if not unknown:

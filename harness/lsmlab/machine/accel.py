@@ -17,6 +17,7 @@ from pathlib import Path
 from lsmlab import host, paths
 from lsmlab.definition import digest_of
 from lsmlab.errors import HostError
+from lsmlab.lab import Lab
 from lsmlab.machine.hardware import CPU
 from lsmlab.machine.qemu import QEMU
 
@@ -140,6 +141,18 @@ def worth_trying() -> bool:
     except (OSError, ValueError, TypeError, AttributeError):
         entries = []
     return device_state() is None and all(entry[0] != KvmState.BROKEN for entry in entries)
+
+
+def to_try(lab: Lab, wanted: str) -> tuple[str, ...]:
+    """What to boot an image of `lab` with whose kernel is not known yet, one after the other.
+
+    Raises HostError where nothing is left.
+    """
+    names = (("kvm", "tcg") if worth_trying() else ("tcg",)) if wanted == "auto" else (wanted,)
+    left = tuple(name for name in names if name == "kvm" or not lab.needs_kvm)
+    if not left:
+        raise kvm_needed(lab.id)
+    return left
 
 
 def _boot_id() -> str:
