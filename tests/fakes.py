@@ -267,6 +267,7 @@ IMAGE = Image(
     digest="86" * 32,
     kernel_release="6.12.0-fake",
     packages={"nginx": "1.26.3"},
+    policies={},
     built="2026-11-24T08:44:40+00:00",
     root_arguments=debian.ROOT_ARGUMENTS,
     files=frozenset(debian.FILES),

@@ -187,6 +187,7 @@ class Bench:
             image=self.image.digest,
             kernel=self.image.kernel_release,
             packages=self.image.packages,
+            policies=self.image.policies,
             qemu=self._version,
             accelerator=self.acceleration.name,
             memory_mib=self.lab.memory_mib,

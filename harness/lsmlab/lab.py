@@ -15,7 +15,9 @@ from lsmlab.errors import DefinitionError
 from lsmlab.terms import Arm, Framework, Kernel
 
 KIND = "lsmlab/lab"
-FILE_KEYS = frozenset({"apparmor_profile", "keyring"})
+FILE_KEYS = frozenset({"apparmor_profile", "keyring", "selinux_policy", "apparmor_profiles"})
+SECILC = "secilc"
+"""The package with the compiler of a whole SELinux policy, which one from elsewhere needs: it has no module store."""
 
 Identifier = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 UnitName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9:_.@][A-Za-z0-9:_.@-]*\.service$")]
@@ -35,6 +37,18 @@ class DebianImage(Strict):
     """systemd units that no scenario needs and that only cost boot time."""
     disabled_units: tuple[str, ...] = Field(default=())
     """systemd units that some scenario starts, and that do not run from boot."""
+    selinux_policy: Path | None = Field(default=None)
+    """A policy from elsewhere in place of the distribution's: a folder like /etc/selinux/targeted of the machine that
+    it comes from, with policy/policy.NN and contexts/."""
+    apparmor_profiles: Path | None = Field(default=None)
+    """Profiles from elsewhere in place of the distribution's: a folder like /etc/apparmor.d. Of its own folders, such
+    as abstractions/, each takes the place of the distribution's."""
+
+    @property
+    def elsewhere(self) -> dict[Framework, Path]:
+        """The folders of policies from elsewhere, by framework."""
+        said = {Framework.SELINUX: self.selinux_policy, Framework.APPARMOR: self.apparmor_profiles}
+        return {framework: folder for framework, folder in said.items() if folder is not None}
 
 
 class Checksums(Strict):
@@ -119,6 +133,9 @@ class Lab(Definition):
             raise ValueError("expected either `image` (built from Debian packages) or `cloud_image` (downloaded)")
         if self.engine is not None and self.image is None:
             raise ValueError("engine: expected with `image`, whose packages and units it adds to")
+        for framework, folder in (self.image.elsewhere if self.image is not None else {}).items():
+            if framework not in self.frameworks:
+                raise ValueError(f"image: {folder} is a policy of {framework}, which is not among the frameworks")
         return self
 
     @property
@@ -147,12 +164,15 @@ class Lab(Definition):
             text = re.sub(rf"(?<![\w.-]){re.escape(debian)}(?![\w.-])", own.replace("\\", r"\\"), text)
         return text
 
-    def with_engine(self) -> Lab:
-        """This lab with its engine in the image; itself where it has none."""
-        image = self.with_packages(self.engine.packages).image if self.engine is not None else None
-        if self.engine is None or image is None:
+    def completed(self) -> Lab:
+        """This lab with what its engine, and a policy from elsewhere, need in the image."""
+        if self.image is None or (self.engine is None and self.image.selinux_policy is None):
             return self
-        units = (*image.disabled_units, *(u for u in self.engine.units if u not in image.disabled_units))
+        engine_packages, engine_units = (self.engine.packages, self.engine.units) if self.engine else ((), ())
+        compiler = (SECILC,) if self.image.selinux_policy else ()
+        image = self.with_packages((*engine_packages, *compiler)).image
+        assert image is not None
+        units = (*image.disabled_units, *(u for u in engine_units if u not in image.disabled_units))
         return self.model_copy(update={"image": image.model_copy(update={"disabled_units": units})})
 
     def service(self, name: str) -> Service:
@@ -166,13 +186,49 @@ class Lab(Definition):
 def load(path: Path, find: definition.Finder) -> Lab:
     """Read a lab file; `find` turns the id in `extends:` into a file. Raises DefinitionError."""
     raw = definition.resolve(path, KIND, find, FILE_KEYS)
-    lab = definition.validate(Lab, raw, path).with_engine()
+    lab = definition.validate(Lab, raw, path).completed()
     if path.stem != lab.id:
         raise DefinitionError(
             f"{raw.origin(('id',), path)}: id: expected {path.stem!r}, the file's name; found {lab.id!r}"
         )
+    for framework, folder in (lab.image.elsewhere if lab.image is not None else {}).items():
+        name, look = _ELSEWHERE[framework]
+        wrong = look(folder)
+        if wrong:
+            raise DefinitionError(f"{raw.origin(('image', name), path)}: image.{name}: {folder}: {wrong}")
     wanted = {Kernel.NONE, *(Kernel(f.value) for f in lab.frameworks)}
     missing = sorted(wanted - set(lab.kernel_arguments))
     if missing:
         raise DefinitionError(f"{raw.origin(('kernel_arguments',), path)}: kernel_arguments: {missing[0]} is missing")
     return lab
+
+
+def policy_file(folder: Path) -> Path | None:
+    """The compiled policy of a folder like /etc/selinux/targeted: the newest version there is; None where none is."""
+    numbered = [p for p in (folder / "policy").glob("policy.*") if p.suffix[1:].isdecimal() and p.is_file()]
+    return max(numbered, key=lambda p: int(p.suffix[1:]), default=None)
+
+
+def _no_selinux_policy(folder: Path) -> str:
+    """Why `folder` is no SELinux policy; empty where it is one."""
+    if not folder.is_dir():
+        return "expected a folder like /etc/selinux/targeted; there is none"
+    if policy_file(folder) is None:
+        return "expected a compiled policy in it, policy/policy.NN, as /etc/selinux/targeted has; there is none"
+    contexts = "contexts/files/file_contexts"
+    return "" if (folder / contexts).is_file() else f"expected the labels of files in it, {contexts}; there are none"
+
+
+def _no_profiles(folder: Path) -> str:
+    """Why `folder` has no AppArmor profiles; empty where it has."""
+    if not folder.is_dir():
+        return "expected a folder of profiles, like /etc/apparmor.d; there is none"
+    found = any(p.is_file() and not p.name.startswith(".") for p in folder.iterdir())
+    return "" if found else "expected profiles in it; there is no file right below it"
+
+
+_ELSEWHERE = {
+    Framework.SELINUX: ("selinux_policy", _no_selinux_policy),
+    Framework.APPARMOR: ("apparmor_profiles", _no_profiles),
+}
+"""The key that names a policy from elsewhere, and what is wrong with its folder."""

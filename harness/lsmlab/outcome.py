@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError, computed_field
+from pydantic import Field, ValidationError, computed_field
 
 from lsmlab.attempt import Observation
 from lsmlab.definition import Strict
@@ -44,6 +44,8 @@ class Environment(Strict):
     """SHA-256 of the disk."""
     kernel: str
     packages: dict[str, str]
+    policies: dict[str, str] = Field(default_factory=dict)
+    """By framework, a policy that is not the distribution's: what it is called, and its digest."""
     qemu: str
     accelerator: str
     memory_mib: int

@@ -60,7 +60,7 @@ def put_image(lab: Lab, build_id: str = "a", *, kib: int = 4, lab_id: str = "") 
     put(folder, {**dict.fromkeys(debian.FILES, b"x"), "disk.qcow2": disk}, about)
     digest = cache.file_digest(folder / "disk.qcow2")
     files = frozenset(debian.FILES)
-    return Image(lab_id or lab.id, folder, digest, "6.12-made-up", {"nginx": "1"}, "2026-11-24", ROOT, files)
+    return Image(lab_id or lab.id, folder, digest, "6.12-made-up", {"nginx": "1"}, {}, "2026-11-24", ROOT, files)
 
 
 def hardware(lab: Lab, accelerator: str = "tcg") -> Hardware:

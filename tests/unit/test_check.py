@@ -189,7 +189,9 @@ def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[ProfileSet]:
     """An image whose tools find no fault; the sets of profiles that they were asked about."""
     folder = tmp_path / "image"
     folder.mkdir()
-    there = Image("debian-13", folder, "86" * 32, "6.12", {}, "2026-11-24", "root=/dev/vda", frozenset(debian.FILES))
+    there = Image(
+        "debian-13", folder, "86" * 32, "6.12", {}, {}, "2026-11-24", "root=/dev/vda", frozenset(debian.FILES)
+    )
     monkeypatch.setattr(build, "find", lambda lab: there if lab.id == "debian-13" else None)
     asked: list[ProfileSet] = []
 

@@ -537,8 +537,8 @@ def test_a_labs_engine_is_in_its_image_and_does_not_run_from_boot() -> None:
     assert set(with_engine.image.packages) - set(without.image.packages) == {"busybox-static", "docker.io"}
     more = set(with_engine.image.disabled_units) - set(without.image.disabled_units)
     assert more == {"docker.service", "docker.socket", "containerd.service"}
-    assert with_engine.with_engine() == with_engine
-    assert without.with_engine() is without
+    assert with_engine.completed() == with_engine
+    assert without.completed() is without
 
 
 # An arm, and an attempt

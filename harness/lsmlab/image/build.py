@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsmlab import cache, paths
-from lsmlab.definition import digest_of
+from lsmlab.definition import digest_of, files_below
 from lsmlab.errors import ImageError
 from lsmlab.image import cloud, debian
 from lsmlab.lab import Lab
@@ -43,6 +43,8 @@ class Image:
     kernel_release: str
     packages: dict[str, str]
     """The versions that an outcome reports."""
+    policies: dict[str, str]
+    """By framework, a policy that is not the distribution's: its folder's name, and the digest of what is in it."""
     built: str
     root_arguments: str
     """The part of the kernel's command line by which it finds its root file system."""
@@ -90,20 +92,24 @@ class Image:
 def recipe_digest(lab: Lab) -> str:
     """The digest of everything that decides what is built, short of the packages' versions on the day."""
     with resources.as_file(resources.files("lsmlab") / "image") as here:
-        overlay = sorted(p for p in (here / "overlay").rglob("*") if p.is_file() or p.is_symlink())
         script = "prepare.sh" if lab.image else "prepare-cloud.sh"
         parts: list[bytes | str] = [FORMAT, _recipe(lab), (here / script).read_bytes()]
-        for path in overlay:
-            # The owner's bits alone: a checkout has those of whoever cloned it elsewhere
-            kind = f"-> {path.readlink()}" if path.is_symlink() else f"{path.stat().st_mode & 0o700:o}"
-            parts += [str(path.relative_to(here)), kind, b"" if path.is_symlink() else path.read_bytes()]
+        parts += files_below(here / "overlay")
+    if lab.image is not None:
+        for folder in lab.image.elsewhere.values():
+            parts += files_below(folder)
     return digest_of(*parts, *debian.EXCLUDED)
 
 
 def _recipe(lab: Lab) -> str:
-    """What the lab's file says of its disk; a keyring by what is in it, wherever it lies."""
+    """What the lab's file says of its disk; of files and folders that it names, only whether there are any: what is in
+    them counts, wherever they lie."""
     keyring = lab.cloud_image.checksums.keyring if lab.cloud_image and lab.cloud_image.checksums else None
-    said = lab.disk.model_dump_json(exclude={"checksums": {"keyring"}})
+    said = lab.disk.model_dump_json(
+        exclude={"checksums": {"keyring"}, "selinux_policy": True, "apparmor_profiles": True}
+    )
+    if lab.image is not None and lab.image.elsewhere:
+        said += json.dumps(sorted(lab.image.elsewhere))
     if lab.cloud_image is not None:  # its preparation is by frameworks, and enables services
         units = sorted(service.unit for service in lab.services.values())
         said += json.dumps([sorted(lab.frameworks), units])
@@ -148,6 +154,7 @@ def _image(lab: Lab, folder: Path, manifest: dict[str, Any]) -> Image:
         digest=manifest["files"]["disk.qcow2"]["sha256"],
         kernel_release=manifest["kernel_release"],
         packages=manifest["packages"],
+        policies=manifest.get("policies", {}),
         built=manifest["built"],
         root_arguments=manifest["root_arguments"],
         files=frozenset(manifest["files"]),
@@ -219,7 +226,9 @@ def _make(lab: Lab, folder: Path, task: str, progress: Progress, accelerator: st
 
 def _about(lab: Lab, work: Path) -> dict[str, Any]:
     packages = dict(line.split("\t") for line in (work / "packages").read_text("utf-8").splitlines())
-    wanted = (*REPORTED_PACKAGES, *lab.disk.packages)
+    wanted = {*REPORTED_PACKAGES, *lab.disk.packages}
+    if lab.image is not None and lab.image.selinux_policy is not None:
+        wanted.discard("selinux-policy-default")  # it is there for its tools' settings alone
     return {
         "lab": lab.id,
         "recipe": recipe_digest(lab),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from lsmlab import cache, host
+from lsmlab.definition import digest_of, files_below
 from lsmlab.errors import HostError, ImageError
 from lsmlab.image import policy, step
 from lsmlab.lab import DebianImage, Lab
@@ -28,20 +31,28 @@ def make(lab: Lab, image: DebianImage, work: Path, task: str, progress: Progress
     cache.need_mib(NEEDED_MIB, "building an image")
     progress.step(task, f"installing {lab.title}'s packages")
     _bootstrap(lab, image, work)
+    for framework, folder in image.elsewhere.items():
+        _bring(folder, work / "elsewhere" / framework)
     progress.step(task, "preparing the disk: units, policy, labels")
     with resources.as_file(resources.files("lsmlab") / "image") as here:
         for name in ("masked_units", "disabled_units"):
             (work / name).write_text("".join(f"{u}\n" for u in getattr(image, name)), "utf-8")
-        argv = ["sh", str(here / "prepare.sh"), str(work), str(here / "overlay"), str(image.disk_mib)]
+        argv = ["sh", str(here / "prepare.sh"), str(work), str(here / "overlay"), str(image.disk_mib), sys.executable]
         step.run(host.in_namespace(argv), f"preparing the disk of {lab.id}")
     progress.step(task, "proving that the policy without dontaudit decides the same")
     about: dict[str, Any] = {
         "kernel_release": (work / "kernel").read_text("utf-8").split()[0],
         "root_arguments": ROOT_ARGUMENTS,
+        "policies": {
+            framework: f"{folder.name}, sha256 {digest_of(*files_below(folder))}"
+            for framework, folder in image.elsewhere.items()
+        },
     }
     if (work / "shipped.cil").exists():
         shipped, audited = ((work / f"{n}.cil").read_text("utf-8") for n in ("shipped", "audited"))
-        about["dontaudit_rules_removed"] = policy.prove_same_decisions(shipped, audited)
+        about["dontaudit_rules_removed"] = policy.prove_same_decisions(
+            shipped, audited, any_silent=image.selinux_policy is None
+        )
     progress.step(task, "packing the disk")
     convert = [host.need("qemu-img"), "convert", "-q", "-O", "qcow2", str(work / "disk.raw"), str(work / "disk.qcow2")]
     step.run(host.dying_with_us(convert), f"packing the disk of {lab.id}")
@@ -62,6 +73,14 @@ def _see_what_a_build_needs(lab: Lab) -> None:
             f"Or take an image built elsewhere: `lsmlab images export {lab.id}` there, `lsmlab images import` here."
         )
         raise HostError(error.message, hint=f"{error.hint}\n  {elsewhere}".strip()) from error
+
+
+def _bring(folder: Path, into: Path) -> None:
+    """Copy a policy from elsewhere to where the disk is prepared. Raises ImageError."""
+    try:
+        shutil.copytree(folder, into, symlinks=True)
+    except (OSError, shutil.Error) as error:
+        raise ImageError(f"{folder}: cannot be copied: {str(error)[:300]}") from error
 
 
 def _bootstrap(lab: Lab, image: DebianImage, work: Path) -> None:

@@ -1,8 +1,8 @@
 # Turns a root tree from mmdebstrap into a lab's disk. Runs on the host, in namespaces of its own, as root there.
-# Nothing outside WORK is written. Arguments: WORK OVERLAY DISK_MIB
+# Nothing outside WORK is written. Arguments: WORK OVERLAY DISK_MIB PYTHON
 set -eu
 umask 022 # the image's files must not take their modes from whoever builds it
-work=$1 overlay=$2 disk_mib=$3
+work=$1 overlay=$2 disk_mib=$3 python=$4
 PATH=$PATH:/usr/sbin:/sbin
 cd "$work"
 mkdir tree
@@ -27,19 +27,47 @@ ls tree/usr/lib/modules > kernel
 chroot tree dpkg-query --show --showformat '${Package}\t${Version}\n' > packages
 
 : > tree/dev/null # a plain file: device nodes need privileges that an ordinary user has not, and the guest makes its own
+if [ -d elsewhere/apparmor ]; then # of its folders each takes the place of the distribution's, of the profiles all
+    find tree/etc/apparmor.d -mindepth 1 -maxdepth 1 ! -type d -delete
+    rm -rf tree/etc/apparmor.d/disable tree/etc/apparmor.d/force-complain
+    (cd elsewhere/apparmor && find . -mindepth 1 -maxdepth 1 -type d) |
+        while read -r name; do rm -rf "tree/etc/apparmor.d/$name"; done
+    chmod -R u=rwX,go=rX elsewhere/apparmor
+    cp -R --no-preserve=ownership elsewhere/apparmor/. tree/etc/apparmor.d/
+fi
+if [ -d elsewhere/selinux ]; then # the distribution's modules go with its policy
+    rm -rf tree/etc/selinux/default tree/var/lib/selinux/default
+    chmod -R u=rwX,go=rX elsewhere/selinux
+    cp -R --no-preserve=ownership elsewhere/selinux tree/etc/selinux/default
+    contexts=etc/selinux/default/contexts/files
+    find tree/$contexts -name '*.bin' -delete # of another libselinux
+    for name in file_contexts file_contexts.homedirs file_contexts.local; do
+        [ ! -f "tree/$contexts/$name" ] || chroot tree sefcontext_compile "/$contexts/$name"
+    done
+fi
 if [ -d tree/etc/selinux/default ]; then
     sed -i 's/^SELINUX=.*/SELINUX=enforcing/' tree/etc/selinux/config
     # The policy without dontaudit rules: the same decisions, and none of them silent. Both are dumped for the proof.
     policy=$(cd tree && ls -v etc/selinux/default/policy/policy.* | tail -n 1)
     mkdir -p tree/usr/lib/lsmlab
     cp "tree/$policy" tree/usr/lib/lsmlab/policy.shipped
-    chroot tree semodule --disable_dontaudit --build --noreload 2> semodule.log || { cat semodule.log >&2; exit 1; }
-    cp "tree/$policy" tree/usr/lib/lsmlab/policy.audited
-    for name in shipped audited; do
-        chroot tree checkpolicy -M -b -C -o /usr/lib/lsmlab/$name.cil /usr/lib/lsmlab/policy.$name > checkpolicy.log 2>&1 ||
+    dump() {
+        chroot tree checkpolicy -M -b -C -o "/usr/lib/lsmlab/$1.cil" "/usr/lib/lsmlab/policy.$1" > checkpolicy.log 2>&1 ||
             { cat checkpolicy.log >&2; exit 1; }
-        mv tree/usr/lib/lsmlab/$name.cil .
-    done
+        mv "tree/usr/lib/lsmlab/$1.cil" .
+    }
+    dump shipped
+    if [ -d elsewhere/selinux ]; then # there are no modules to build it from: it is compiled again from its own dump
+        "$python" -P -m lsmlab.image.policy < shipped.cil > policy.cil
+        cp policy.cil tree/
+        chroot tree secilc --policyvers "${policy##*.}" --output "/$policy" --filecontext /dev/null \
+            /policy.cil > secilc.log 2>&1 || { cat secilc.log >&2; exit 1; }
+        rm tree/policy.cil
+    else
+        chroot tree semodule --disable_dontaudit --build --noreload 2> semodule.log || { cat semodule.log >&2; exit 1; }
+    fi
+    cp "tree/$policy" tree/usr/lib/lsmlab/policy.audited
+    dump audited
     rm tree/usr/lib/lsmlab/policy.audited
     # Labels by the image's own file_contexts; they are written into the finished disk, which needs no privilege.
     printf 'ea_set / security.selinux %s\n' "$(chroot tree matchpathcon -n /)" > labels
@@ -55,6 +83,7 @@ if [ -s labels ]; then
     debugfs -w -f labels disk.raw > debugfs.log 2>&1
     if grep -v '^debugfs' debugfs.log | grep -q .; then grep -v '^debugfs' debugfs.log | head -n 5 >&2; exit 1; fi
 fi
+[ ! -f policy.cil ] || cp policy.cil tree/usr/lib/lsmlab/ # what modules are compiled with
 # The root tree, less what no policy tool needs, to compile policies in with the distribution's own tools
 tar -C tree --exclude=./usr/lib/modules --exclude=./boot --exclude=./usr/share/perl --exclude=./var/cache \
     --exclude='libLLVM*' --exclude=./usr/lib/postgresql -cf policy-tree.tar .

@@ -78,6 +78,7 @@ def outcome_detail(outcome: Outcome, number: int | None = None) -> RenderableTyp
         ("image", f"sha256 {env.image}" if env.image else ""),
         ("kernel", env.kernel),
         ("packages", "\n".join(f"{name} {version}" for name, version in sorted(env.packages.items()))),
+        ("policy from elsewhere", "\n".join(f"{name}: {policy}" for name, policy in sorted(env.policies.items()))),
         ("machine", env.machine or f"{env.qemu}, accelerator {env.accelerator}, {env.memory_mib} MiB"),
         ("isolation", env.isolation if env.machine else ""),
     )
