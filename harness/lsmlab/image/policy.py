@@ -80,7 +80,8 @@ def _without_idle_attributes(shipped: str, audited: str) -> list[str]:
 def prove_same_decisions(shipped: str, audited: str, *, any_silent: bool = True) -> int:
     """Compare the distribution's policy with the one without dontaudit rules; how many such rules are gone.
 
-    Both are dumps in CIL. `any_silent`: the distribution's has such rules, as is known. Raises ImageError where they differ in anything else, or where nothing was compared.
+    Both are dumps in CIL. `any_silent`: it is known that there are such rules. Raises ImageError where they differ in
+    anything else, or where nothing was compared.
     """
     silent = shipped.count("(dontaudit")
     if (any_silent and not silent) or "(allow " not in audited:
