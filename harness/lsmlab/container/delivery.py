@@ -24,6 +24,8 @@ TAKE_SECONDS = 600.0
 """How long the engine may take to read an image, or to build one: some ten seconds for 100 MB under emulation."""
 SHOWN_LINES = 12
 """Of what a build that fails has said."""
+_COLOUR = re.compile("\x1b\\[[0-9;]*m")
+"""Around what a step wrote to its standard error."""
 _STEP = re.compile(r"^Step (\d+)/\d+ : ")
 
 Tell = Callable[[str], None]
@@ -83,7 +85,7 @@ def _build(channel: Channel, tar: bytes, dockerfile: str, name: str) -> list[Map
 
 
 def _build_error(given: Context, said: list[Mapping[str, Any]], fault: str) -> EngineError:
-    lines = "".join(str(one.get("stream", "")) for one in said).splitlines()
+    lines = _COLOUR.sub("", "".join(str(one.get("stream", "")) for one in said)).splitlines()
     steps = [int(found[1]) for line in lines if (found := _STEP.match(line))]
     parsed = re.search(r"parse error on line (\d+)", fault)
     line = int(parsed[1]) if parsed else given.line_of_step(steps[-1] if steps else 1)
