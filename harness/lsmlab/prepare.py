@@ -165,7 +165,7 @@ def _deliver(channel: Channel, arm: Arm, made: Made, tell: Tell) -> None:
 
 @contextlib.contextmanager
 def _refusing_nothing(channel: Channel, arm: Arm) -> Iterator[None]:
-    """While the block lasts SELinux only logs: what a build may do is not under test, and refpolicy lets none `chown`."""
+    """While the block lasts SELinux only logs: what a build may do is not what is under test."""
     if arm.framework is Framework.SELINUX:
         channel.write_file(ENFORCE, b"0")
     yield

@@ -492,10 +492,14 @@ def load(path: Path, find: definition.Finder) -> Scenario:
     for file in scenario.files():
         if not _is_file(file):
             raise DefinitionError(f"{_origin_of(raw, file)}: no such file: {file}")
-    for one in scenario.contexts():
-        where = _origin_of(raw, one.dockerfile)
-        if not one.dockerfile.resolve().is_relative_to(where.file.parent.resolve()):
-            raise DefinitionError(f"{where}: dockerfile: {one.dockerfile} lies outside the folder of its scenario")
+    for image in scenario.subject.images:
+        if image.dockerfile is not None:
+            where = _origin_of(raw, image.dockerfile)
+            if not image.dockerfile.resolve().is_relative_to(where.file.parent.resolve()):
+                raise DefinitionError(
+                    f"{where}: dockerfile: expected a file in the scenario's folder, found {image.dockerfile}"
+                )
+    scenario.contexts()  # what is wrong with a Dockerfile is told now
     return scenario
 
 

@@ -20,7 +20,9 @@ SECURITY_OPT = (
     r"|label=(type:[a-z0-9_]+|level:s0(:c[0-9]+([,.]c[0-9]+)*)?))$"
 )
 """As `docker run --security-opt` takes them."""
-PINNED = re.compile(r"([A-Za-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)+@sha256:[0-9a-f]{64}")
+PINNED = re.compile(
+    r"([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9a-f:]+\])(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)+@sha256:[0-9a-f]{64}"
+)
 
 
 def _pinned(value: str) -> str:
