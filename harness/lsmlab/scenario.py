@@ -468,7 +468,8 @@ class Scenario(Definition):
 
 def _without_folders(node: Any, files: set[str]) -> Any:
     if isinstance(node, dict):
-        return {key: _without_folders(value, files) for key, value in node.items()}
+        there = (item for item in node.items() if item != ("image", None))  # as before containers had images
+        return {key: _without_folders(value, files) for key, value in there}
     if isinstance(node, list):
         return [_without_folders(value, files) for value in node]
     return Path(node).name if node in files else node

@@ -1,4 +1,4 @@
-"""What containers are made of, without a guest: a scenario's words, build contexts, what is fetched or built, errors."""
+"""What containers are made of, without a guest: a scenario's words, contexts, what is fetched or built, errors."""
 
 from __future__ import annotations
 
@@ -305,10 +305,8 @@ def test_a_cached_image_that_is_damaged_is_made_anew(home: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("words", "kind", "message"),
     [  # as skopeo 1.9 says it
-        (
-            "writing blob: writing to temporary on-disk layer: happened during read: Digest did not match, expected a, "
-            "got b", DamagedError, "is not whole, or not what its digest says, and is not used",
-        ),
+        ("writing blob: happened during read: Digest did not match, expected sha256:a, got sha256:b",
+         DamagedError, "is not whole, or not what its digest says, and is not used"),
         ("determining manifest MIME type for docker://x: Manifest does not match provided manifest digest sha256:a",
          DamagedError, "is not used"),
         ("reading config blob a: Download config.json digest a does not match expected b", DamagedError, "is not used"),
