@@ -27,7 +27,6 @@ PACKAGES = {
     "newuidmap": "uidmap",
     "gpg": "gpg",
     "gpgv": "gpgv",
-    "skopeo": "skopeo",
 }
 """The Debian package that brings each program we use."""
 

@@ -231,7 +231,7 @@ def test_a_step_of_the_engine_is_a_line_of_the_dockerfile(tmp_path: Path) -> Non
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LSMLAB_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(host, "need", lambda program: f"/usr/bin/{program}")
+    monkeypatch.setattr(host, "find", lambda program: f"/usr/bin/{program}")
     return tmp_path / "home"
 
 
@@ -337,7 +337,8 @@ def test_what_a_registry_does_wrong_is_said(
 
 def test_without_skopeo_what_to_install_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LSMLAB_HOME", str(tmp_path))
-    monkeypatch.setattr(host, "find", lambda _: None)
+    real = host.find
+    monkeypatch.setattr(host, "find", lambda program: None if program == "skopeo" else real(program))
     with pytest.raises(HostError, match="skopeo is not installed on this machine") as caught:
         ensure(ContainerImage(registry=REFERENCE))
     assert "apt-get install skopeo" in caught.value.hint

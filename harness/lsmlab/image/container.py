@@ -122,7 +122,12 @@ def _registry(reference: str, progress: Progress, task: str, uses: contextlib.Ex
 
 def _fetch(reference: str, work: Path, progress: Progress, task: str) -> None:
     """skopeo verifies the manifest by the digest that is asked for, and each blob by the one that the manifest says."""
-    program = host.need("skopeo")
+    program = host.find("skopeo")
+    if program is None:
+        raise HostError(
+            f"skopeo is not installed on this machine, and {reference} is fetched with it",
+            hint="Debian, Ubuntu: apt-get install skopeo. Only scenarios that name an image of a registry need it.",
+        )
     shown = f"{spec.host_of(reference)}/...@sha256:{spec.digest_in(reference)[:12]}"
     plain = ["--src-tls-verify=false"] if spec.is_loopback(reference) else []
     argv = [
@@ -140,6 +145,7 @@ def _in_words(reference: str, error: ImageError) -> LsmlabError:
     """What skopeo said, as what is wrong and what to do."""
     fatal = _FATAL.findall(error.message)
     words = fatal[-1].replace(r"\"", '"') if fatal else error.message.splitlines()[-1]
+    words = words.replace(f"initializing source docker://{reference}: ", "")
     registry = spec.host_of(reference)
     name, _, digest = reference.partition("@")
     for pattern, kind, what, hint in _WORDS:
