@@ -335,6 +335,17 @@ def test_what_a_registry_does_wrong_is_said(
     assert not cache.builds(home / "cache" / container.FOLDER / "*")
 
 
+def test_a_full_disk_is_not_the_registrys_fault(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(argv: Sequence[str], what: str) -> None:
+        raise ImageError(
+            'fetching failed (1): skopeo\nlevel=fatal msg="writing blob: write a: no space left on device"'
+        )
+
+    skopeo(monkeypatch, fail)
+    with pytest.raises(HostError, match=r"the disk is full: \d+ MiB free while the container image of "):
+        ensure(ContainerImage(registry=REFERENCE))
+
+
 def test_without_skopeo_what_to_install_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LSMLAB_HOME", str(tmp_path))
     real = host.find

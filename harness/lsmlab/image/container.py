@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
+import os
 import re
 import secrets
 import tarfile
@@ -58,6 +60,7 @@ _WORDS: tuple[tuple[str, type[LsmlabError], str, str], ...] = (
         "it is not there for linux/amd64, which guests are",
         "Name an image that is.",
     ),
+    ("no space left on device", HostError, os.strerror(errno.ENOSPC), ""),  # which `cache.making` knows
 )
 """What skopeo says, and what is wrong: words of 1.9, from a registry in which each was made to happen."""
 _FATAL = re.compile(r'level=fatal msg="((?:[^"\\]|\\.)*)"')
