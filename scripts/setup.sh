@@ -118,6 +118,8 @@ missing_for_tests() {
   done <<'TABLE'
 gpg-agent gpg-agent gnupg2
 vagrant vagrant-libvirt vagrant-libvirt
+skopeo skopeo skopeo
+docker-registry docker-registry docker-distribution
 TABLE
 }
 
@@ -180,14 +182,29 @@ install_packages() {
   install "$1" || stop "apt-get could not install the packages. Fix that, and run this again."
 }
 
-# Goes on in any case. What could not be installed is not tried again in this .venv: the tests say what they lack.
+# Tests start a registry of their own, on a port of 127.0.0.1: the package's service, which listens to all, is not to run.
+mask_registry() {
+  [ -d "$ROOT/run/systemd/system" ] || return 0
+  local become=()
+  is_root || become=(sudo)
+  quietly "${become[@]}" systemctl mask docker-registry.service
+}
+
+# Goes on in any case, with each of them. What could not be installed is not tried again in this .venv: the tests say
+# what they lack.
 install_for_tests() {
+  local line without=
   show_missing "$1" "missing on this machine, and used by tests alone:"
-  if find_apt && WHY="apt-get could not install that." && update_lists && install "$1"; then
-    return
+  if find_apt && WHY="apt-get could not install that." && update_lists; then
+    while read -r line; do
+      { [[ $line != docker-registry* ]] || mask_registry; } && install "$line" || without+=$line$'\n'
+    done <<<"$1"
+  else
+    without=$1
   fi
+  [ -n "$without" ] || return 0
   say "$WHY Going on without: these tests are skipped."
-  column 1 "$1" >>"$WITHOUT"
+  column 1 "${without%$'\n'}" >>"$WITHOUT"
 }
 
 # Makes .venv when absent, and installs lsmlab and its libraries into it. The stamp is put there last, so that a run cut

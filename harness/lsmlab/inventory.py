@@ -1,4 +1,7 @@
-"""What lies in the cache: images, saved guests, compiled policies; clearing it, and keeping it within its limit."""
+"""What lies in the cache: images, saved guests, compiled policies, what containers are made of.
+
+Clearing it, and keeping it within its limit.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,15 @@ from typing import Any
 
 from lsmlab import cache, discovery, host, paths
 from lsmlab.errors import DefinitionError, HostError, LsmlabError
-from lsmlab.image import build
+from lsmlab.image import build, container
 from lsmlab.lab import Lab
 from lsmlab.machine import states
 from lsmlab.machine.hardware import CPU, Hardware
 from lsmlab.machine.qemu import QEMU
 from lsmlab.progress import Progress
 
-IMAGE, STATE, POLICY, DOWNLOAD = "image", "saved guest", "policy", "download"
-KINDS = {"images": IMAGE, "states": STATE, "policies": POLICY, "downloads": DOWNLOAD}
+IMAGE, STATE, POLICY, DOWNLOAD, CONTAINER = "image", "saved guest", "policy", "download", "container image"
+KINDS = {"images": IMAGE, "states": STATE, "policies": POLICY, container.FOLDER: CONTAINER, "downloads": DOWNLOAD}
 LIMIT_VARIABLE = "LSMLAB_CACHE_LIMIT"
 LIMIT_GIB = "20"
 NAMED = 3
@@ -169,6 +172,8 @@ def _status(kind: str, folder: Path, manifest: dict[str, Any] | None, wanted: _W
         return Status.UNFINISHED
     if manifest is None:
         return Status.DAMAGED
+    if kind == CONTAINER:  # made of what a scenario names, which may lie in another folder: none is stale
+        return Status.DAMAGED if cache.damage(folder, manifest, full=False) else Status.CURRENT
     if kind == IMAGE:
         damaged, current = build.damage(folder, manifest, full=False), folder.name in wanted.images
         unknown = manifest.get("lab") not in wanted.labs

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, computed_field
 
 from lsmlab.attempt import Observation
+from lsmlab.container.spec import ImageRecord
 from lsmlab.definition import Strict
 from lsmlab.errors import DefinitionError
 from lsmlab.evidence import Denial
@@ -30,6 +31,8 @@ class ArmRecord(JudgedArm):
 
     lsm: tuple[str, ...] = ()
     command_line: str = ""
+    images: tuple[ImageRecord, ...] = ()
+    """What its containers were made of, where that is not BusyBox alone."""
     seconds: float = 0.0
     attempts: tuple[AttemptRecord, ...] = ()
 
@@ -105,6 +108,12 @@ class Outcome(Strict):
     def control(self) -> ArmRecord | None:
         """The record of the arm that the enforcing one is compared with."""
         return next((a for a in self.arms if a.arm in {CONTROL, UNCONFINED_ARM[self.framework]}), None)
+
+    @property
+    def images(self) -> tuple[ImageRecord, ...]:
+        """What its containers were made of, each once."""
+        found = {(one.image, one.sha256): one for arm in self.arms for one in arm.images}
+        return tuple(found.values())
 
     def arm(self, name: Arm) -> ArmRecord | None:
         """The record of one arm."""

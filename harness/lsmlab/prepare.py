@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lsmlab import attempt, evidence, facts
 from lsmlab.channel.base import Channel
+from lsmlab.container.context import BASE
 from lsmlab.container.install import DEFAULT_PROFILE, SLICE
 from lsmlab.container.spec import Container
 from lsmlab.errors import ChannelError, DefinitionError, SetupError
 from lsmlab.evidence import Denial
 from lsmlab.framework import FRAMEWORKS
 from lsmlab.framework.base import PolicyUnderTest
+from lsmlab.framework.selinux import ENFORCE
+from lsmlab.image import container as image_for_containers
 from lsmlab.image.build import Image
+from lsmlab.image.container import Made
 from lsmlab.lab import Lab
+from lsmlab.progress import Progress
 from lsmlab.scenario import Scenario, Step, Write
-from lsmlab.terms import Arm, SourceState
+from lsmlab.terms import Arm, Framework, SourceState
 
 if TYPE_CHECKING:
     from lsmlab.container.engine import Engine, Running
 
 STEP_SECONDS = 120
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,8 @@ class Plan:
     container: Container | None = None
     """The subject, where it is one; `unit` is then the slice that it lies in."""
     beside: tuple[Container, ...] = ()
+    images: tuple[Made, ...] = ()
+    """What containers are made of besides BusyBox, as it lies in the cache: see `with_images`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +79,18 @@ def plan_of(scenario: Scenario, lab: Lab) -> Plan:
     )
 
 
+@contextlib.contextmanager
+def with_images(plan: Plan, scenario: Scenario, lab: Lab, progress: Progress, task: str) -> Iterator[Plan]:
+    """`plan` with the images of its containers, which are made first: minutes, where they are not in the cache.
+
+    They stay there while the block lasts. Raises DownloadError, ImageError, HostError and DefinitionError.
+    """
+    suite = lab.image.suite if lab.image is not None else None
+    with contextlib.ExitStack() as uses:
+        made = [image_for_containers.ensure(one, suite, progress, task, uses) for one in scenario.subject.images]
+        yield dataclasses.replace(plan, images=tuple(made))
+
+
 def _unit_of(scenario: Scenario, lab: Lab) -> str:
     subject = scenario.subject
     if subject.container is None:
@@ -81,9 +103,9 @@ def _unit_of(scenario: Scenario, lab: Lab) -> str:
     return SLICE
 
 
-def set_up(channel: Channel, arm: Arm, plan: Plan, image: Image | None) -> bool:
+def set_up(channel: Channel, arm: Arm, plan: Plan, image: Image | None, tell: Tell = lambda _: None) -> bool:
     """Do what both arms of a framework share: load the policy, do the steps in the mode that the guest booted in, and
-    stop the service. `image`: None for a machine that was made from none.
+    stop the service. `image`: None for a machine that was made from none. `tell` is told of steps that take long.
 
     True where the service is to be started in the arm's mode: one that the set-up stopped stays stopped.
     Raises SetupError, PolicyError, FrameworkError, ChannelError.
@@ -92,6 +114,8 @@ def set_up(channel: Channel, arm: Arm, plan: Plan, image: Image | None) -> bool:
     FRAMEWORKS[arm.framework].load(channel, image, plan.policy)
     was_running = is_running(channel, plan.unit)
     do_steps(channel, plan.setup, "setup")
+    for made in plan.images:
+        _deliver(channel, arm, made, tell)
     if plan.beside:
         engine = _engine(channel)
         for number, container in enumerate(plan.beside, 1):
@@ -123,6 +147,32 @@ def enter(channel: Channel, arm: Arm, plan: Plan, *, start: bool) -> Prepared:
     return Prepared(service_active=started, setup_denials=denials, container=running)
 
 
+def _deliver(channel: Channel, arm: Arm, made: Made, tell: Tell) -> None:
+    """Have the engine have one image. Raises EngineError and ChannelError."""
+    from lsmlab.container import delivery  # noqa: PLC0415 - as below
+
+    image = made.image
+    reference = image.registry or (image.base.registry if image.base is not None else None)
+    if made.archive is not None and reference is not None:
+        name = image.name if image.registry is not None else f"{BASE}:latest"
+        delivery.load(channel, made.archive.file, image_for_containers.loaded_name(reference), (name,), tell)
+    elif made.archive is not None:
+        delivery.import_tree(channel, made.archive.file, image.name, tell)
+    if made.context is not None:
+        with _refusing_nothing(channel, arm):
+            delivery.build(channel, image, made.context, tell)
+
+
+@contextlib.contextmanager
+def _refusing_nothing(channel: Channel, arm: Arm) -> Iterator[None]:
+    """While the block lasts SELinux only logs: what a build may do is not what is under test."""
+    if arm.framework is Framework.SELINUX:
+        channel.write_file(ENFORCE, b"0")
+    yield
+    if arm.framework is Framework.SELINUX:
+        channel.write_file(ENFORCE, b"1")
+
+
 def _engine(channel: Channel) -> Engine:
     from lsmlab.container.engine import Engine  # noqa: PLC0415 - its library takes a moment, and few commands need it
 
@@ -137,9 +187,9 @@ def _start_container(channel: Channel, arm: Arm, container: Container) -> Runnin
     return engine.start(container, arm, name="subject", unconfined=arm.unconfined, group=SLICE)
 
 
-def bring_into(channel: Channel, arm: Arm, plan: Plan, image: Image | None) -> Prepared:
+def bring_into(channel: Channel, arm: Arm, plan: Plan, image: Image | None, tell: Tell = lambda _: None) -> Prepared:
     """Prepare the guest behind `channel` for `arm`. Raises as `set_up`."""
-    return enter(channel, arm, plan, start=set_up(channel, arm, plan, image))
+    return enter(channel, arm, plan, start=set_up(channel, arm, plan, image, tell))
 
 
 def program_of(channel: Channel, unit: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -136,9 +137,15 @@ def _run_boot(bench: Workbench, scenario: Scenario, arms: Sequence[Arm]) -> dict
     records: dict[Arm, ArmRecord] = {}
     start = time.monotonic()
     try:
-        with bench.guest(kernel, task) as machine:
+        with (
+            prepare.with_images(
+                plan, scenario, bench.lab, bench.progress, task
+            ) as plan,  # first: no guest waits for it
+            bench.guest(kernel, task) as machine,
+        ):
             bench.progress.step(task, "set-up: policy, files, users")
-            to_start = prepare.set_up(machine.channel, arms[0], plan, bench.image)
+            tell = functools.partial(bench.progress.step, task)
+            to_start = prepare.set_up(machine.channel, arms[0], plan, bench.image, tell)
             if len(arms) > 1:
                 machine.snapshot(SET_UP)
             for number, arm in enumerate(arms):
@@ -189,6 +196,7 @@ def _attempts(
         service_active=prepared.service_active,
         setup_denials=tuple(d for d in prepared.setup_denials if d.subject_domain in subjects),
         lsm=opened.mode.lsm,
+        images=tuple(made.record for made in plan.images),
         attempts=tuple(records),
     )
 

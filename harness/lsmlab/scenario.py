@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from lsmlab import definition
-from lsmlab.container.spec import Container
+from lsmlab.container import context
+from lsmlab.container.context import Context
+from lsmlab.container.spec import Container, ContainerImage
 from lsmlab.definition import Definition, Strict
 from lsmlab.errors import DefinitionError
 from lsmlab.lab import Identifier, Lab, PackageName, UnitName
@@ -23,7 +25,7 @@ from lsmlab.terms import AttemptKind, Control, Framework, Verdict
 
 KIND = "lsmlab/scenario"
 FILE_NAME = "scenario.yaml"
-FILE_KEYS = frozenset({"from", "modules", "profiles", "falsified_by"})
+FILE_KEYS = frozenset({"from", "modules", "profiles", "falsified_by", "dockerfile"})
 
 CANARY = "{canary}"
 INODE_CLASSES = frozenset({"file", "dir", "lnk_file", "chr_file", "blk_file", "sock_file", "fifo_file"})
@@ -73,6 +75,12 @@ class Subject(Strict):
         if self.beside and self.container is None:
             raise ValueError("`beside` has the containers beside a container")
         return self
+
+    @property
+    def images(self) -> tuple[ContainerImage, ...]:
+        """What its containers are made of, each once, where that is not BusyBox alone."""
+        there = [] if self.container is None else [self.container, *self.beside]
+        return tuple(dict.fromkeys(one.image for one in there if one.image is not None))
 
     @property
     def name(self) -> str:
@@ -439,18 +447,29 @@ class Scenario(Definition):
         expected = [e for one in self.expected.values() for e in (one, *one.labs.values())]
         sources = [s.write.source for s in steps if s.write is not None and s.write.source is not None]
         weaker = [path for expectation in expected for path in expectation.falsified_by]
-        return (*sources, *self.selinux.modules, *self.apparmor.profiles, *weaker)
+        built = [image.dockerfile for image in self.subject.images if image.dockerfile is not None]
+        return (*sources, *self.selinux.modules, *self.apparmor.profiles, *weaker, *built)
+
+    def contexts(self) -> tuple[Context, ...]:
+        """What its images are built from, read anew. Raises DefinitionError."""
+        return tuple(
+            context.read(image.dockerfile, has_base=image.base is not None)
+            for image in self.subject.images
+            if image.dockerfile is not None
+        )
 
     def digest(self) -> str:
         """SHA-256 over the definition and the content of its files; where the folder lies does not matter."""
         document = self.model_dump(mode="json", by_alias=True)
         text = json.dumps(_without_folders(document, {str(p) for p in self.files()}), sort_keys=True)
-        return definition.digest_of(text, *(read_file(path) for path in self.files()))
+        built = [one.digest() for one in self.contexts()]
+        return definition.digest_of(text, *(read_file(path) for path in self.files()), *built)
 
 
 def _without_folders(node: Any, files: set[str]) -> Any:
     if isinstance(node, dict):
-        return {key: _without_folders(value, files) for key, value in node.items()}
+        there = (item for item in node.items() if item != ("image", None))  # as before containers had images
+        return {key: _without_folders(value, files) for key, value in there}
     if isinstance(node, list):
         return [_without_folders(value, files) for value in node]
     return Path(node).name if node in files else node
@@ -473,11 +492,21 @@ def load(path: Path, find: definition.Finder) -> Scenario:
         raise DefinitionError(f"{where}: id: expected {path.parent.name!r}, the folder's name; found {scenario.id!r}")
     for file in scenario.files():
         if not _is_file(file):
-            where = next(
-                (o for loc, o in raw.origins.items() if _value_at(raw.data, loc) == str(file)), raw.origins[()]
-            )
-            raise DefinitionError(f"{where}: no such file: {file}")
+            raise DefinitionError(f"{_origin_of(raw, file)}: no such file: {file}")
+    for image in scenario.subject.images:
+        if image.dockerfile is not None:
+            where = _origin_of(raw, image.dockerfile)
+            if not image.dockerfile.resolve().is_relative_to(where.file.parent.resolve()):
+                raise DefinitionError(
+                    f"{where}: dockerfile: expected a file in the scenario's folder, found {image.dockerfile}"
+                )
+    scenario.contexts()  # what is wrong with a Dockerfile is told now
     return scenario
+
+
+def _origin_of(raw: definition.RawDefinition, file: Path) -> definition.Origin:
+    """Where a file is named."""
+    return next((o for loc, o in raw.origins.items() if _value_at(raw.data, loc) == str(file)), raw.origins[()])
 
 
 def _is_file(path: Path) -> bool:

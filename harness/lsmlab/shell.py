@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import select
@@ -69,7 +70,7 @@ def ask(method, path, body=None):
     if answer.status >= 300:
         sys.exit(said.decode("utf-8", "replace"))
     return said
-wanted = {"AttachStdout": True, "AttachStderr": True, "Cmd": sys.argv[1:]}
+wanted = {"AttachStdout": True, "AttachStderr": True, "Cmd": COMMAND + sys.argv[1:]}
 number = json.loads(ask("POST", "/containers/CONTAINER/exec", wanted))["Id"]
 said = ask("POST", f"/exec/{number}/start", {"Detach": False, "Tty": False})
 while said:
@@ -140,7 +141,9 @@ def _by_hand(channel: Channel, spec: Attempt, opened: attempt.Opened, container:
         body = [] if spec.http.body is None else ["--data-raw", spec.http.body, "--header", "Content-Type:"]
         return shlex.join(["curl", "--include", "--path-as-is", "--globoff", *method, *body, attempt.url_of(spec)])
     assert spec.run is not None
-    attack = ATTACK if container is None else ATTACK_INSIDE.replace("CONTAINER", container.id)
+    attack = ATTACK
+    if container is not None:
+        attack = ATTACK_INSIDE.replace("CONTAINER", container.id).replace("COMMAND +", f"{container.command(())} +")
     if container is None:
         command = attempt.command_as(spec, opened.subject, attempt.fresh_auid())
         channel.ask("offer", path=BY_HAND, who=command["who"], timeout=spec.timeout)
@@ -179,8 +182,9 @@ def _enter(
     bench: Bench, machine: QemuMachine, arm: Arm, scenario: Scenario, task: str
 ) -> tuple[prepare.Plan, Running | None]:
     bench.progress.step(task, "entering the arm")
-    plan = prepare.plan_of(scenario, bench.lab)
-    return plan, prepare.bring_into(machine.channel, arm, plan, bench.image).container
+    tell = functools.partial(bench.progress.step, task)
+    with prepare.with_images(prepare.plan_of(scenario, bench.lab), scenario, bench.lab, bench.progress, task) as plan:
+        return plan, prepare.bring_into(machine.channel, arm, plan, bench.image, tell).container
 
 
 def need_terminal() -> None:

@@ -129,6 +129,7 @@ SECTIONS = {
     "blocked_if": "BlockedIf",
     "expected: selinux and apparmor": "Expectation",
     "denials": "DenialExpectation",
+    "image": "ContainerImage",
     **{name: name.capitalize() for name in ("subject", "container", "object", "dac", "write", "canary", "effect")},
 }
 """Heading and model."""

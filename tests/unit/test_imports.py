@@ -35,7 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "download",
         # what people write
         "lab",
-        "container container.spec",
+        "container container.spec container.context",
         "scenario",
         "discovery",
         "schema selection skeleton",
@@ -49,12 +49,14 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "channel.ssh",
         "container.install container.transport",
         "container.engine",
+        "container.delivery",
         # their disks, of which some are made in a guest
         "machine machine.base machine.hardware",
         "machine.qemu",
         "machine.accel",
         "image image.policy image.probe image.qcow2 image.seed image.signed image.step",
         "image.debian image.cloud",
+        "image.container",
         "image.build",
         "image.archive",
         "machine.states",

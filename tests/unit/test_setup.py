@@ -13,8 +13,8 @@ REPO = Path(__file__).resolve().parents[2]
 # What the script itself is written with; the rest of the real machine is out of its sight.
 REAL = ("bash", "cat", "cp", "cut", "dirname", "env", "mkdir", "mktemp", "mv", "paste", "rm", "sed", "sort", "tail")
 NEEDED = (
-    "debugfs", "gpg", "gpg-agent", "gpgv", "mke2fs", "mmdebstrap", "mount", "newuidmap", "qemu-img",
-    "qemu-system-x86_64", "setpriv",
+    "debugfs", "docker-registry", "gpg", "gpg-agent", "gpgv", "mke2fs", "mmdebstrap", "mount", "newuidmap", "qemu-img",
+    "qemu-system-x86_64", "setpriv", "skopeo",
 )  # fmt: skip
 KEYRING = "usr/share/keyrings/debian-archive-keyring.gpg"
 
@@ -363,6 +363,23 @@ def test_a_vagrant_that_is_there_is_left_as_it_is(ready: Host) -> None:
     ready.stub("vagrant")
     assert ready.setup("--tests").stderr == "set-up: nothing to do\n"
     assert ready.calls("apt-get", "vagrant") == []
+
+
+def test_what_cannot_be_installed_for_tests_keeps_nothing_else_from_it(ready: Host) -> None:
+    ready.remove("skopeo", "docker-registry")
+    (ready.path / "run/systemd/system").mkdir(parents=True)
+    ready.stub("systemctl")
+    cannot = 'case "$*" in *vagrant*) echo "E: Unable to locate package"; exit 100 ;; esac'
+    ready.stub("apt-get", f"{cannot}\n{_installs(ready, 'skopeo', 'docker-registry')}")
+    result = ready.setup("--tests")
+    assert result.returncode == 0
+    assert "set-up: apt-get could not install that. Going on without: these tests are skipped." in result.stderr
+    mask = "systemctl mask docker-registry.service"  # before it is installed: its service would be there for all
+    calls = ready.calls("apt-get", "systemctl")
+    assert [call if call == mask else call.split()[-1] for call in calls] == [
+        "update", "vagrant-libvirt", "skopeo", mask, "docker-registry",
+    ]  # fmt: skip
+    assert ready.setup("--tests").stderr == "set-up: nothing to do\n"
 
 
 def test_an_option_that_it_does_not_have(host: Host) -> None:

@@ -90,6 +90,23 @@ class Engine:
         )  # fmt: skip
         _asked(self._client.inspect_image, install.IMAGE)
 
+    def tag(self, image: str, name: str) -> None:
+        """Give an image one more name."""
+        repository, _, tag = name.partition(":")
+        _asked(self._client.tag, image, repository, tag=tag)
+
+    def _process(self, container: Container) -> dict[str, Any]:
+        """What a container is made of, and its main process: the image's own, where nothing else is said."""
+        if container.image is None:
+            return {"image": install.IMAGE, "command": list(container.run)}
+        said: dict[str, Any] = {"image": container.image.name}
+        if container.names_a_process:
+            return said | {"entrypoint": list(container.run)}  # in place of the image's own, and of its arguments
+        config = _asked(self._client.inspect_image, container.image.name).get("Config") or {}
+        if config.get("Cmd") or config.get("Entrypoint"):
+            return said
+        return said | {"entrypoint": [install.PROGRAM_BESIDE, *container.run]}
+
     def start(
         self, container: Container, arm: Arm, *, name: str, unconfined: bool, group: str | None = None
     ) -> Running:
@@ -97,11 +114,11 @@ class Engine:
         framework = arm.framework
         assert framework is not None
         made = _asked(
-            self._client.create_container, install.IMAGE, list(container.run), name=name, user=container.user,
+            self._client.create_container, **self._process(container), name=name, user=container.user,
             host_config=self._host_config(container, framework, unconfined=unconfined, group=group),
             use_config_proxy=False,
         )  # fmt: skip
-        running = Running(self._client, self._adapter, str(made["Id"]), name)
+        running = Running(self._client, self._adapter, str(made["Id"]), name, beside=container.image is not None)
         try:
             _asked(self._client.start, running.id)
         except EngineError as error:
@@ -112,8 +129,9 @@ class Engine:
     def _host_config(
         self, container: Container, framework: Framework, *, unconfined: bool, group: str | None
     ) -> dict[str, Any]:
+        program = install.PROGRAM if container.image is None else install.PROGRAM_BESIDE
         found: dict[str, Any] = self._client.create_host_config(
-            binds=[f"{install.VEHICLE}:{install.PROGRAM}:ro", *container.binds],
+            binds=[f"{install.VEHICLE}:{program}:ro", *container.binds],
             cap_add=list(container.cap_add),
             privileged=container.privileged,
             security_opt=options(container, framework, unconfined=unconfined),
@@ -142,6 +160,12 @@ class Running:
     adapter: transport.ChannelAdapter
     id: str
     name: str
+    beside: bool = False
+    """Its image is not the one of BusyBox alone, whose words are then said to the program beside it."""
+
+    def command(self, argv: tuple[str, ...]) -> list[str]:
+        """A command of BusyBox's, as it is run in here."""
+        return [install.PROGRAM_BESIDE, *argv] if self.beside else list(argv)
 
     def need_running(self) -> None:
         """See that it has not ended."""
@@ -161,7 +185,7 @@ class Running:
     def prepare(self, argv: tuple[str, ...]) -> tuple[str, bytes]:
         """A command that is to run in it: its id, and the request that runs it, as `exchange` of the agent takes it."""
         try:
-            made = _asked(self.client.exec_create, self.id, list(argv))
+            made = _asked(self.client.exec_create, self.id, self.command(argv))
         except EngineError as error:
             raise EngineError(f"{error.message}{self.last_words()}") from error
         number = str(made["Id"])

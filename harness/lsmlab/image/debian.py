@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -59,15 +60,22 @@ def make(lab: Lab, image: DebianImage, work: Path, task: str, progress: Progress
     return about
 
 
+def see_what_a_tree_needs(what: str) -> None:
+    """See that `install` works here. Raises HostError."""
+    host.need_x86(what)
+    for program in ("mmdebstrap", "unshare", "setpriv"):
+        host.need(program)
+    if os.geteuid() != 0:
+        host.need("newuidmap")
+    host.need_namespaces()
+
+
 def _see_what_a_build_needs(lab: Lab) -> None:
     """Raises HostError that says what to do, here or elsewhere."""
     try:
-        host.need_x86("building an image")
-        for program in ("mmdebstrap", "mke2fs", "debugfs", "qemu-img", "unshare", "setpriv"):
+        for program in ("mke2fs", "debugfs", "qemu-img"):
             host.need(program)
-        if os.geteuid() != 0:
-            host.need("newuidmap")
-        host.need_namespaces()
+        see_what_a_tree_needs("building an image")
     except HostError as error:
         elsewhere = (
             f"Or take an image built elsewhere: `lsmlab images export {lab.id}` there, `lsmlab images import` here."
@@ -84,25 +92,33 @@ def _bring(folder: Path, into: Path) -> None:
 
 
 def _bootstrap(lab: Lab, image: DebianImage, work: Path) -> None:
-    sources = package_sources(image.suite)
+    install(
+        image.suite, image.packages, work, f"installing the packages of {lab.id}", variant="minbase",
+        hint=f"Mend `packages` of the lab {lab.id} or of the scenario.",
+    )  # fmt: skip
+
+
+def install(suite: str, packages: Sequence[str], work: Path, what: str, *, variant: str, hint: str) -> None:
+    """Make `tree.tar` in `work`: a root tree of Debian packages. `variant`: mmdebstrap's, what is there besides.
+
+    `hint`: what to do about a package that is not there. Raises HostError and ImageError.
+    """
+    sources = package_sources(suite)
     (work / "apt.conf").write_text(proxy_settings(), "utf-8")
     argv = [
-        host.need("mmdebstrap"), "--variant=minbase", "--format=tar", "--components=main",
+        host.need("mmdebstrap"), f"--variant={variant}", "--format=tar", "--components=main",
         f"--aptopt={work / 'apt.conf'}", *(f"--dpkgopt=path-exclude={p}" for p in EXCLUDED),
-        f"--include={','.join(image.packages)}",
+        f"--include={','.join(packages)}",
     ]  # fmt: skip
     # In namespaces of ours, also without root: they die with us, and what is left of it lies in the work folder
     argv = host.in_namespace(["env", f"TMPDIR={work}", *argv, "--mode=root"])
     try:
-        step.run([*argv, image.suite, str(work / "tree.tar"), *sources], f"installing the packages of {lab.id}")
+        step.run([*argv, suite, str(work / "tree.tar"), *sources], what)
     except ImageError as error:
         unknown = re.findall(r"^E: Unable to locate package (\S+)$", error.message, re.MULTILINE)
         if not unknown:
             raise
-        raise ImageError(
-            f"Debian {image.suite} has no package {', '.join(unknown)}",
-            hint=f"Mend `packages` of the lab {lab.id} or of the scenario.",
-        ) from error
+        raise ImageError(f"Debian {suite} has no package {', '.join(unknown)}", hint=hint) from error
 
 
 def package_sources(suite: str) -> list[str]:

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lsmlab.attempt import Observation
+from lsmlab.container.spec import ImageRecord
 from lsmlab.evidence import Denial
 from lsmlab.facts import ModeFacts, ObjectFacts, Process
 from lsmlab.outcome import ArmRecord, AttemptRecord, Outcome
@@ -76,6 +77,7 @@ def outcome_detail(outcome: Outcome, number: int | None = None) -> RenderableTyp
         ("technique", outcome.technique),
         ("lsmlab", env.lsmlab),
         ("image", f"sha256 {env.image}" if env.image else ""),
+        ("containers", "\n".join(_image(one) for one in outcome.images)),
         ("kernel", env.kernel),
         ("packages", "\n".join(f"{name} {version}" for name, version in sorted(env.packages.items()))),
         ("policy from elsewhere", "\n".join(f"{name}: {policy}" for name, policy in sorted(env.policies.items()))),
@@ -84,6 +86,12 @@ def outcome_detail(outcome: Outcome, number: int | None = None) -> RenderableTyp
     )
     arms = [part for arm in outcome.arms for part in _arm_detail(arm)]
     return Block(Group(outcome_summary(outcome, number), about, Text(), *arms))
+
+
+def _image(found: ImageRecord) -> str:
+    """What a container was made of: what was asked for, which packages that was, and the digests."""
+    versions = "".join(f"\n{name} {version}" for name, version in sorted(found.packages.items()))
+    return f"{found.image}{versions}" + "".join(f"\nsha256 {digest}" for digest in found.sha256)
 
 
 def falsification_summary(outcome: Outcome) -> RenderableType:
