@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         # what runs in a guest: it imports nothing else of ours, and here it is a text
         "guest.agent",
         "guest.files",
-        "guest.kernel",
+        "guest.kernel guest.engine",
         "guest.undo",
         "guest.canaries",
         # files, folders and programs of the host
@@ -48,6 +48,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "channel.ssh_login",
         "channel.ssh",
         "container.install container.transport",
+        "container.kept",
         "container.engine",
         # their disks, of which some are made in a guest
         "machine machine.base machine.hardware",
