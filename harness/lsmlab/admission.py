@@ -160,8 +160,7 @@ def _with_containers(
     said = [
         *words,
         *(f"a container is given the machine's {path}, to read" for path in given if not VOLUME.match(path)),
-        f"the runtime {install.RUNTIME!r} is added to {install.SETTINGS_PATH}, and Docker Engine reads that again; it is "
-        "not restarted, and no other container is touched",
+        f"{install.SETTINGS_PATH} has one more runtime, and Docker Engine reads it again; no container is restarted",
         f"an image {install.IMAGE!r} and containers of it are made and removed; for the control with {control}",
     ]
     if framework is Framework.SELINUX:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from lsmlab import evidence
 from lsmlab.attempt import REFUSALS, Observation
-from lsmlab.dac import DacExplanation
 from lsmlab.container.install import DEFAULT_PROFILE
+from lsmlab.dac import DacExplanation
 from lsmlab.definition import Strict
 from lsmlab.evidence import Denial, Record
 from lsmlab.facts import ModeFacts, Process, SubjectFacts, domain_of

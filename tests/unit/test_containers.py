@@ -138,7 +138,7 @@ def started(fake: FakeEngine, arm: Arm = ENFORCE, **container: Any) -> Running:
 def reached(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """The engine is where a guest has it."""
     monkeypatch.setattr(install, "SOCKET", fake.path)
-    monkeypatch.setattr(engine, "Engine", lambda channel: Engine(channel, fake.path))
+    monkeypatch.setattr(engine, "Engine", lambda channel, **more: Engine(channel, fake.path, **more))
     return fake
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lsmlab.guest import agent, canaries, undo
+from lsmlab.guest import agent, canaries, engine, undo
 from lsmlab.machine.ssh import PARTS as PARTS_OVER_SSH
 
 HARNESS = Path(__file__).resolve().parents[2] / "harness"
@@ -233,7 +233,7 @@ def questions(path: Path) -> Iterator[tuple[int, str, set[str]]]:
 
 
 def test_what_the_agent_is_asked_it_knows() -> None:
-    known = undo.OPERATIONS | canaries.OPERATIONS | agent.OPERATIONS
+    known = undo.OPERATIONS | engine.OPERATIONS | canaries.OPERATIONS | agent.OPERATIONS
     asked = set()
     for path in [*sources(HARNESS).values(), *sorted((HARNESS.parent / "scripts").glob("*.py"))]:
         for line, operation, names in questions(path):

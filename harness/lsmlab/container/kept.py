@@ -90,14 +90,12 @@ def _problem_of_settings(found: EngineFacts) -> tuple[str, str] | None:
         return "Docker Engine is rootless: root in its containers is not the machine's", "Scenarios need one of root's."
     if "userns" in found.names:
         return (
-            "Docker Engine maps users (userns-remap): root in its containers is not the machine's, and DAC would refuse "
-            "what MAC is asked about",
+            "Docker Engine maps users (userns-remap): root in its containers is not the machine's",
             "Use a machine without `userns-remap`, or a guest: `--lab docker-debian-13`.",
         )
     if found.cgroups != "systemd 2":
         return (
-            f"Docker Engine's cgroup driver and version are {found.cgroups[:40]!r}; which processes a container has is "
-            "known by systemd's groups, version 2",
+            f"Docker Engine's cgroup driver and version are {found.cgroups[:40]!r}, and 'systemd 2' is needed",
             '`"exec-opts": ["native.cgroupdriver=systemd"]` in its settings, and a kernel with cgroup v2.',
         )
     if found.data != DATA:

@@ -164,7 +164,7 @@ def _see(request: bytes, *others: re.Pattern[str]) -> tuple[str, str, bytes]:
     number = NUMBERED.match(path)
     if number is not None and number[2] not in _ours:
         raise agent.Refused(f"{path[:200]}: is none of lsmlab's")
-    what = f"{method} {NUMBERED.sub(r'/\1/ID/', path)}"
+    what = method + " " + NUMBERED.sub(r"/\1/ID/", path)
     if what not in ASKED and not any(other.fullmatch(what) for other in others):
         raise agent.Refused(f"{what[:200]}: is not asked on a machine that is kept")
     if what not in LOOKS and not undo.engine_word():

@@ -1,7 +1,7 @@
 """A container engine on a machine that is kept: what it is, what a run has of it, and the way back.
 
 Runs there, beside the agent: see undo.py. It speaks to the engine's socket itself, since Docker's own command may be
-missing. Of the engine's containers only those that bear the journal's word are looked at; the engine is never restarted.
+missing. Of its containers only those that bear the journal's word are looked at; the engine is never restarted.
 """
 
 from __future__ import annotations
