@@ -84,7 +84,7 @@ class FakeEngine:
                 self.end_headers()
                 self.wfile.write(data)
 
-            do_GET = do_POST = answer  # noqa: N815 - the names are http.server's
+            do_GET = do_POST = do_DELETE = answer  # noqa: N815 - the names are http.server's
 
             def log_message(self, *_: Any) -> None: ...
 

@@ -99,12 +99,13 @@ def engine_state(socket: str, settings: str, runtime: str, image: str) -> dict[s
     version, info = ask(socket, "GET", "/version"), ask(socket, "GET", "/info")
     started = time.time() - time.clock_gettime(time.CLOCK_MONOTONIC)
     started += int(shown.get("ExecMainStartTimestampMonotonic") or 0) / 1e6
+    problem, changed = "", 0.0
     try:
-        problem, changed = "", os.stat(settings).st_mtime
+        changed = os.stat(settings).st_mtime
         if not isinstance(_read(settings), dict):
             problem = "is no JSON object"
-    except FileNotFoundError:
-        changed = 0.0
+    except FileNotFoundError:  # all is as the engine has it
+        pass
     except (OSError, ValueError) as error:
         problem = f"cannot be read: {getattr(error, 'strerror', None) or 'it is no JSON'}"
     with open(f"/proc/{pid}/cmdline", "rb") as source:
