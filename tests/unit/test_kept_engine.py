@@ -20,7 +20,7 @@ from lsmlab.container import install, kept
 from lsmlab.container.engine import Engine
 from lsmlab.container.spec import Container
 from lsmlab.errors import ChannelError, EngineError, FrameworkError
-from lsmlab.guest import agent, canaries, engine, undo
+from lsmlab.guest import agent, canaries, engine, kernel, undo
 from lsmlab.guest.agent import Refused
 from lsmlab.guest.files import Problems
 
@@ -207,9 +207,9 @@ def test_settings_that_are_no_object_are_left_alone(there: There) -> None:
 def test_the_journal_undoes_the_engine_also_after_a_kill(
     there: There, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(undo.kernel, "SELINUX", str(tmp_path / "no"))
-    monkeypatch.setattr(undo.kernel, "APPARMOR", str(tmp_path / "no"))
-    monkeypatch.setattr(undo.kernel, "audit_rules", list)
+    monkeypatch.setattr(kernel, "SELINUX", str(tmp_path / "no"))
+    monkeypatch.setattr(kernel, "APPARMOR", str(tmp_path / "no"))
+    monkeypatch.setattr(kernel, "audit_rules", list)
     there.settings.parent.mkdir()
     there.settings.write_text('{"debug": true}')
     os.utime(there.settings, ns=(1, 10**18))
@@ -236,9 +236,9 @@ def test_the_journal_undoes_the_engine_also_after_a_kill(
 def test_what_the_engine_still_has_keeps_the_journal(
     there: There, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(undo.kernel, "SELINUX", str(tmp_path / "no"))
-    monkeypatch.setattr(undo.kernel, "APPARMOR", str(tmp_path / "no"))
-    monkeypatch.setattr(undo.kernel, "audit_rules", list)
+    monkeypatch.setattr(kernel, "SELINUX", str(tmp_path / "no"))
+    monkeypatch.setattr(kernel, "APPARMOR", str(tmp_path / "no"))
+    monkeypatch.setattr(kernel, "audit_rules", list)
     there.settings.parent.mkdir()
     journal = undo.Journal(str(tmp_path / "journal"))
     journal.begin("x", [str(there.settings.parent)], [], (), there.about)
@@ -416,6 +416,7 @@ WILL_NOT_DO: list[tuple[dict[str, Any], str, str]] = [
     ({"cgroups": "systemd 1"}, "'systemd 1'", "cgroup v2"),
     ({"data": "/data/docker"}, "has its data in '/data/docker'", "guest"),
     ({"options": ["--config-file"]}, "started with --config-file", "daemon.json"),
+    ({"options": ["--max-concurrent-downloads"]}, "goes back to its default", "daemon.json"),
     ({"options": ["--add-runtime"]}, "started with --add-runtime", "daemon.json"),
     ({"settings_problem": "is no JSON object"}, "daemon.json is no JSON object", "runtime"),
     ({"settings_unread": True}, "was changed since Docker Engine has read it", "systemctl reload docker"),

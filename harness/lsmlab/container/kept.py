@@ -22,8 +22,15 @@ PARTS = ("files", "engine")
 LEAST_API = (1, 41)
 """Docker Engine 20.10, which Debian 11 and 12 have."""
 DATA = install.VOLUMES.rpartition("/")[0]
-OTHERS_SETTINGS = {"--config-file": "its settings are in another file", "--add-runtime": "its runtimes are options"}
-"""Options of dockerd's that keep it from taking a runtime from its settings."""
+BY_OPTION = {
+    "--config-file": "its settings are in another file",
+    "--add-runtime": "its runtimes are not in its settings",
+    **dict.fromkeys(
+        ("--max-concurrent-downloads", "--max-concurrent-uploads", "--max-download-attempts", "--feature"),
+        "that goes back to its default when it reads its settings again, as a run has it do",
+    ),
+}
+"""Options of dockerd's that keep it from taking a runtime, or that would be lost: see moby, daemon/reload.go."""
 INSTALL = "Install Docker Engine there (Debian: docker.io), and `systemctl enable --now docker.service`."
 
 
@@ -100,9 +107,9 @@ def _problem_of_settings(found: EngineFacts) -> tuple[str, str] | None:
         )
     if found.data != DATA:
         return f"Docker Engine has its data in {found.data[:80]!r}, and scenarios name {DATA}", "Use a guest instead."
-    for option, why in OTHERS_SETTINGS.items():
+    for option, why in BY_OPTION.items():
         if option in found.options:
-            return f"dockerd is started with {option}: {why}", f"Have it take them from {install.SETTINGS_PATH}."
+            return f"dockerd is started with {option}: {why}", f"Say it in {install.SETTINGS_PATH} instead."
     if found.settings_problem:
         return f"{install.SETTINGS_PATH} {found.settings_problem[:200]}", "A runtime is added to it for the run."
     if found.settings_unread:
