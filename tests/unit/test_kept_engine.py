@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import AUID, audit_state, exec_record, mode, run_attempt, subject, user_record, wire
 from test_containers import APPARMOR, ENFORCE, SELINUX, FakeEngine, frame
 
 from fakes import ScriptedChannel
+from lsmlab import attempt, facts
 from lsmlab.channel.base import Channel
 from lsmlab.container import install, kept
 from lsmlab.container.engine import Engine
@@ -359,6 +361,40 @@ def test_of_a_command_s_output_only_foreseen_words_leave(
     assert base64.b64decode(result["err"]).decode() == "Permission denied"
     assert result["withheld"] == len(out) + len(err) - len("lsmlab-word:Permission denied")
     assert "secret" not in json.dumps(result) and base64.b64encode(LEAKED.encode())[:16].decode() not in str(result)
+
+
+def test_an_attempt_in_a_container_there_from_its_request_to_what_is_kept(
+    there: There, channel: OnAKeptMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = Engine(channel, there.fake.path)
+    running = reached.start(Container(), ENFORCE, name="subject", unconfined=False, group=install.SLICE)
+    remembered: list[int] = []
+    monkeypatch.setattr(install, "SOCKET", there.fake.path)
+    monkeypatch.setattr(undo, "remember", remembered.append)
+    monkeypatch.setattr(agent, "pids", lambda _: [])
+    monkeypatch.setattr(agent, "plant", lambda **_: True)
+    answer = there.answer
+
+    def answered(line: str, body: Any) -> tuple[int, Any]:
+        leaks = line == f"POST /exec/{EXEC}/start"
+        return (200, frame(1, LEAKED.encode()) + frame(2, b"Permission denied")) if leaks else answer(line, body)
+
+    def closed(word: str, **_: Any) -> dict[str, Any]:
+        own = exec_record(subject="docker-default").replace(f"auid={AUID}", f"auid={remembered[0]}")
+        log = f"{own}\n{user_record(word)}\n"
+        return {"log": log, "problem": "", "subject": wire(subject()), "mode": wire(mode(ENFORCE)),
+                "audit": audit_state(size=len(log))}  # fmt: skip
+
+    monkeypatch.setattr(there, "answer", answered)
+    monkeypatch.setattr(agent, "close_window", closed)
+    opened = attempt.Opened(
+        subject=subject(), object=None, mode=mode(ENFORCE), audit=facts.AuditState(**audit_state(size=0))
+    )
+    seen = attempt.make(channel, run_attempt(), install.SLICE, opened, running, withhold=True)
+    assert (seen.output, seen.errors, seen.exit_code) == ("", "Permission denied", 0)
+    assert seen.withheld == len(LEAKED) and remembered == [seen.auid]
+    assert f"auid={seen.auid}" in seen.log, "of the log what bears the attempt's mark"
+    assert "secret" not in seen.model_dump_json()
 
 
 @pytest.mark.parametrize(

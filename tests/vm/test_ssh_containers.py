@@ -6,6 +6,7 @@ which the container reads: nothing of it may come here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 from collections.abc import Iterator
@@ -131,27 +132,61 @@ def look(channel: Channel) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("framework", list(Framework))
-def test_a_container_on_an_engine_that_is_there(bench: Bench, framework: Framework, tmp_path: Path) -> None:
-    with bench.guest(Kernel(framework.value), "ssh containers") as machine, reached(machine, tmp_path) as port:
+@contextlib.contextmanager
+def like_others(bench: Bench, framework: Framework, home: Path) -> Iterator[tuple[Channel, str]]:
+    """A machine with an engine that nothing of ours is in, and how it is reached over SSH."""
+    with bench.guest(Kernel(framework.value), "ssh containers") as machine, reached(machine, home) as port:
         there = machine.channel
         there.run(["sh", "-c", PLAIN], stdin=json.dumps(SETTINGS).encode(), timeout=300).check()
         there.run(["systemctl", "restart", "docker.service"], timeout=300).check()
         there.run(["python3", "-c", ASK + THEIRS], timeout=300).check()
+        yield there, f"root@127.0.0.1:{port}"
+
+
+BOTH = pytest.mark.parametrize(
+    "framework", [Framework.SELINUX, pytest.param(Framework.APPARMOR, marks=pytest.mark.slow)]
+)
+
+
+@BOTH
+def test_a_container_on_an_engine_that_is_there(bench: Bench, framework: Framework, tmp_path: Path) -> None:
+    with like_others(bench, framework, tmp_path) as (there, host):
         before = look(there)
-        env, host = environment(tmp_path), f"root@127.0.0.1:{port}"
-        asked = ("run", SCENARIO, "--lab", f"ssh:{host}")
+        env, asked = environment(tmp_path), ("run", SCENARIO, "--lab", f"ssh:{host}")
         doctor = lsmlab("doctor", "--ssh", host, env=env, code=None).stdout
         assert f"confines by {framework.display}" in doctor
         refused = lsmlab(*asked, env=env, code=4).stderr
         assert "/etc/docker/daemon.json has one more runtime" in refused
-        assert differing(before, look(there)) == {}
         done = lsmlab(*asked, "--allow-changes", "--json", str(tmp_path / "out.json"), env=env)
         assert differing(before, look(there)) == {}
         shown = lsmlab("show", "1", env=env).stdout
         nowhere(tmp_path, done.stdout, done.stderr, shown)
         _as_it_should_be(outcomes((tmp_path / "out.json").read_text())[SCENARIO, framework.value], framework)
-        _killed_and_undone(there, before, tmp_path, asked, env)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", list(Framework))
+def test_a_killed_run_leaves_what_an_undo_removes(bench: Bench, framework: Framework, tmp_path: Path) -> None:
+    with like_others(bench, framework, tmp_path) as (there, host):
+        before = look(there)
+        env, asked = environment(tmp_path), ("run", SCENARIO, "--lab", f"ssh:{host}", "--allow-changes")
+        interrupted = start(*asked, env=env)
+        wait_for(interrupted, ": attack read-shadow")
+        said = kill(interrupted, signal.SIGINT)
+        assert interrupted.returncode == 2, said
+        assert differing(before, look(there)) == {}
+        process = start(*asked, env=env)
+        wait_for(process, ": benign read-orders")
+        said += kill(process, signal.SIGKILL)
+        changed = differing(before, look(there))
+        new = {"containers", "images", "engine's Runtimes", "/etc/docker/daemon.json", "/var/lib/lsmlab"}
+        assert new <= changed.keys()
+        assert "theirs" not in changed and "engine" not in changed
+        done = lsmlab("undo", host, env=env)
+        assert "put back: image lsmlab" in done.stdout and "put back: runtime lsmlab" in done.stdout
+        assert differing(before, look(there)) == {}
+        assert "nothing to undo" in lsmlab("undo", host, env=env).stderr
+        nowhere(tmp_path, said, done.stdout, done.stderr)
 
 
 def _as_it_should_be(found: dict[str, Any], framework: Framework) -> None:
@@ -171,19 +206,3 @@ def _as_it_should_be(found: dict[str, Any], framework: Framework) -> None:
     if framework is Framework.SELINUX:
         attack = next(a for a in found["arms"][1]["attempts"] if a["attempt"] == "read-shadow")
         assert attack["attribution"]["denial"]["auid"] == attack["observation"]["auid"]
-
-
-def _killed_and_undone(
-    there: Channel, before: dict[str, Any], home: Path, asked: tuple[str, ...], env: dict[str, str]
-) -> None:
-    process = start(*asked, "--allow-changes", env=env)
-    wait_for(process, ": benign read-orders")
-    said = kill(process, signal.SIGKILL)
-    changed = differing(before, look(there))
-    assert {"containers", "images", "engine's Runtimes", "/etc/docker/daemon.json", "/var/lib/lsmlab"} <= changed.keys()
-    assert "theirs" not in changed and "engine" not in changed
-    done = lsmlab("undo", asked[-1].removeprefix("ssh:"), env=env)
-    assert "put back: image lsmlab" in done.stdout and "put back: runtime lsmlab" in done.stdout
-    assert differing(before, look(there)) == {}
-    assert "nothing to undo" in lsmlab("undo", asked[-1].removeprefix("ssh:"), env=env).stderr
-    nowhere(home, said, done.stdout, done.stderr)

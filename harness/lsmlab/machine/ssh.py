@@ -48,17 +48,23 @@ class _Guarded:
     def __init__(self, machine: SshMachine) -> None:
         self._machine = machine
 
+    def _open(self) -> SshChannel:
+        try:
+            return self._machine.open_channel()
+        except MachineError as error:
+            raise ChannelError(error.message) from None
+
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float = 60) -> CommandResult:
         """See `Channel.run`."""
-        return self._machine.open_channel().run(argv, stdin=stdin, timeout=timeout)
+        return self._open().run(argv, stdin=stdin, timeout=timeout)
 
     def write_file(self, path: str, data: bytes, *, mode: int | None = None, owner: str | None = None) -> None:
         """See `Channel.write_file`."""
-        self._machine.open_channel().write_file(path, data, mode=mode, owner=owner)
+        self._open().write_file(path, data, mode=mode, owner=owner)
 
     def ask(self, operation: str, *, within: float = 30, **arguments: Any) -> Any:
         """See `Channel.ask`."""
-        return self._machine.open_channel().ask(operation, within=within, **arguments)
+        return self._open().ask(operation, within=within, **arguments)
 
 
 class SshMachine:
