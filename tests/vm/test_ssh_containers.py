@@ -164,6 +164,32 @@ def test_a_container_on_an_engine_that_is_there(bench: Bench, framework: Framewo
         _as_it_should_be(outcomes((tmp_path / "out.json").read_text())[SCENARIO, framework.value], framework)
 
 
+OTHERS = {
+    "container-makes-user-namespace": {"selinux": "CONTROL_BLOCKED", "apparmor": "CONTROL_BLOCKED"},
+    "container-reads-host-shadow-as-spc": {"selinux": "NOT_CONTAINED"},
+    "container-reads-host-shadow-own-profile": {"apparmor": "CONTAINED"},
+    "container-reads-other-tenant": {"selinux": "CONTAINED", "apparmor": "NOT_CONTAINED"},
+    "container-reads-other-tenant-same-level": {"selinux": "NOT_CONTAINED"},
+    "container-serves-host-shadow": {"selinux": "CONTAINED", "apparmor": "NOT_CONTAINED"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", list(Framework))
+def test_the_others_that_are_admitted_are_as_in_a_guest(bench: Bench, framework: Framework, tmp_path: Path) -> None:
+    names = [name for name, expected in OTHERS.items() if framework.value in expected]
+    with like_others(bench, framework, tmp_path) as (there, host):
+        before = look(there)
+        asked = ("run", *names, "--lab", f"ssh:{host}", "--allow-changes", "--json", str(tmp_path / "out.json"))
+        done = lsmlab(*asked, env=environment(tmp_path))
+        assert differing(before, look(there)) == {}
+        nowhere(tmp_path, done.stdout, done.stderr)
+        found = outcomes((tmp_path / "out.json").read_text())
+        assert {name: one["verdict"] for (name, _), one in found.items()} == {
+            name: OTHERS[name][framework.value] for name in names
+        }  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", list(Framework))
 def test_a_killed_run_leaves_what_an_undo_removes(bench: Bench, framework: Framework, tmp_path: Path) -> None:
