@@ -89,7 +89,7 @@ class FakeEngine:
             def log_message(self, *_: Any) -> None: ...
 
         self._server = socketserver.ThreadingUnixStreamServer(self.path, Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
         self._server.shutdown()
