@@ -173,9 +173,10 @@ def _with_containers(
     if scenario.subject.container.network == "host":
         said += ["who is on that machine can ask the container's server for the same as the attempts do"]
     cached = [APPARMOR_CACHE] if framework is Framework.APPARMOR else []
+    files = {path for path in paths if not VOLUME.match(path)}
     new = (*dict.fromkeys(volumes), install.RUNTIME_PATH, install.AUID_PATH)
     return Changes(
-        trees=tuple(dict.fromkeys((*ALWAYS, *sorted({*paths, *volumes, *cached, install.RUNTIME_PATH})))),
+        trees=tuple(dict.fromkeys((*ALWAYS, *sorted({*files, *volumes, *cached, install.RUNTIME_PATH})))),
         units=(unit,),
         profiles=(scenario.subject_name(framework),) if own and framework is Framework.APPARMOR else (),
         subjects=(),

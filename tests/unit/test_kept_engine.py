@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import struct
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -335,6 +337,29 @@ def test_before_the_journal_nothing_is_made(there: There, channel: Channel, monk
     for path in ("/containers/create", "/images/create"):
         with pytest.raises(Refused, match="before the journal is written"):
             told(there, "POST", path, b"{}")
+
+
+def test_an_undoing_waits_for_the_container_that_is_being_made(
+    there: There, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    begun = threading.Event()
+    real = there.answer
+
+    def slowly(line: str, body: Any) -> tuple[int, Any]:
+        begun.set()
+        time.sleep(0.3)
+        order.append("made")
+        return real(line, body)
+
+    monkeypatch.setattr(there, "answer", slowly)
+    asking = threading.Thread(target=told, args=(there, "POST", "/containers/create?name=x", b"{}"))
+    asking.start()
+    assert begun.wait(10)
+    with undo.turn():
+        order.append("undone")
+    asking.join(10)
+    assert order == ["made", "undone"]
 
 
 def exec_attempt(there: There, monkeypatch: pytest.MonkeyPatch, answer: Any) -> dict[str, Any]:

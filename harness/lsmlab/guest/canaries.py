@@ -200,7 +200,15 @@ def _kept(found: Any, keys: Iterable[str]) -> Any:
 
 
 def exchange(path: str, data: str, timeout: float) -> dict[str, Any]:
-    """As the agent's, for what is in `ASKED`; of the answer its keys, or why the engine has refused."""
+    """As the agent's, for what is in `ASKED`; of the answer its keys, or why the engine has refused.
+
+    An undoing waits for it: a container that is made meanwhile would be left.
+    """
+    with undo.turn():
+        return _exchange(path, data, timeout)
+
+
+def _exchange(path: str, data: str, timeout: float) -> dict[str, Any]:
     request = base64.b64decode(data)
     what, target, body = _see(request)
     if what == "POST /containers/create":

@@ -501,6 +501,11 @@ def clock(seconds: float) -> None:
     """Nothing: this machine's clock is its own, and right."""
 
 
+def turn() -> threading.RLock:
+    """Who has it is the only one that changes anything: what is asked meanwhile waits."""
+    return _journal.turn
+
+
 def engine_word() -> str:
     """See `Journal.engine_word`."""
     return _journal.engine_word
