@@ -10,6 +10,8 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lsmlab.container import install
+from lsmlab.container.spec import Container
 from lsmlab.errors import DefinitionError
 from lsmlab.scenario import Attempt, Scenario, Step
 from lsmlab.terms import AttemptKind, Framework
@@ -65,6 +67,19 @@ UNIT_VERBS = frozenset({"start", "stop", "restart", "enable", "disable"})
 READERS = frozenset({"cat", "head", "tail", "ls", "stat", "id", "wc", "cmp"})
 """They change nothing."""
 GROUP_CHANGE = re.compile(r"(?:usermod (?:-aG|-a -G|--append --groups) [a-z0-9_,-]+ [a-z0-9_-]+)|groupadd [a-z0-9_-]+")
+VOLUME = re.compile(rf"({install.VOLUMES}/[A-Za-z0-9][A-Za-z0-9_.-]*)/_data(?:/|$)")
+"""A volume of a container's. It must not be there yet, and is gone at the end: nobody else's is ever used."""
+GIVEN = re.compile(r"/(?:etc|usr)(?:/|$)")
+"""What of the machine a container may be given, read-only: where no program has its socket."""
+COVERED = frozenset({"run", "binds", "security_opt", "user", "network"})
+"""Keys of a container with which it can change nothing but itself and its volumes."""
+BEYOND = {
+    "privileged": "is privileged, so that all of the machine is its own",
+    "cap_add": "has capabilities beyond the engine's own",
+    "pid": "sees the processes of the whole machine",
+}
+LOOSE = ("seccomp=unconfined", "systempaths=unconfined")
+OWN_ADDRESS = re.compile(r"127\.0\.0\.1:[0-9]{4,5}")
 PLAIN_PATTERN = re.compile(r"[^\\.*+?\[\]{}^$]*")
 """A regular expression that matches some words and nothing else: it can show nothing of what leaked."""
 
@@ -85,6 +100,10 @@ class Changes:
     profiles: tuple[str, ...]
     subjects: tuple[str, ...]
     words: tuple[str, ...]
+    new: tuple[str, ...] = ()
+    """Paths that must not be there yet."""
+    engine: bool = False
+    """Containers are made."""
 
 
 def changes_of(scenario: Scenario, framework: Framework, unit: str, program: str, steps: Sequence[Step]) -> Changes:
@@ -95,7 +114,8 @@ def changes_of(scenario: Scenario, framework: Framework, unit: str, program: str
     Raises DefinitionError where it does what cannot be undone, or is not known to.
     """
     _admit_attempts(scenario)
-    if scenario.subject.service is None:
+    container = scenario.subject.container
+    if scenario.subject.service is None and container is None:
         raise _refused(scenario, f"{unit} is a service of its own, and what its program does is not known")
     if framework is Framework.SELINUX and scenario.selinux.modules:
         raise _refused(scenario, "it loads SELinux modules, which are compiled with an image's tools")
@@ -109,6 +129,8 @@ def changes_of(scenario: Scenario, framework: Framework, unit: str, program: str
         if attempt.canary is not None:
             paths.append(_allowed(scenario, attempt.canary.file))
             words.append(f"a line is added to {attempt.canary.file}")
+    if container is not None:
+        return _with_containers(scenario, framework, unit, paths, words)
     mac = _mac(scenario, framework, program)
     if framework is Framework.SELINUX:
         paths.append(program)
@@ -121,6 +143,88 @@ def changes_of(scenario: Scenario, framework: Framework, unit: str, program: str
     return Changes(trees, (unit,), profiles, (subject,), tuple(dict.fromkeys(words)))
 
 
+def _with_containers(
+    scenario: Scenario, framework: Framework, unit: str, paths: Sequence[str], words: Sequence[str]
+) -> Changes:
+    """The same for containers, of which the engine knows more than the files do."""
+    assert scenario.subject.container is not None
+    given: list[str] = []
+    for one in (scenario.subject.container, *scenario.subject.beside):
+        given += _binds(scenario, one)
+        why = _beyond(one, [spec.id for spec in scenario.attempts if spec.run is not None])
+        if why:
+            raise _refused(scenario, f"its container {why}")
+    volumes = [match[1] for path in (*paths, *given) if (match := VOLUME.match(path))]
+    control = "label=disable" if framework is Framework.SELINUX else "apparmor=unconfined"
+    own = [f"/etc/apparmor.d/{path.name}" for path in scenario.apparmor.profiles]
+    said = [
+        *words,
+        *(f"a container is given the machine's {path}, to read" for path in given if not VOLUME.match(path)),
+        f"{install.SETTINGS_PATH} has one more runtime, and Docker Engine reads it again; no container is restarted",
+        f"an image {install.IMAGE!r} and containers of it are made and removed; for the control with {control}",
+    ]
+    if framework is Framework.SELINUX:
+        said += [
+            f"boolean {name} is set, which holds for the whole engine" for name in sorted(scenario.selinux.booleans)
+        ]
+    else:
+        said += [f"the profile of {path} is loaded, and for the control it is not" for path in own]
+        said += ["AppArmor logs explicit denials as well"]
+    if scenario.subject.container.network == "host":
+        said += ["who is on that machine can ask the container's server for the same as the attempts do"]
+    cached = [APPARMOR_CACHE] if framework is Framework.APPARMOR else []
+    files = {path for path in paths if not VOLUME.match(path)}
+    new = (*dict.fromkeys(volumes), install.RUNTIME_PATH, install.AUID_PATH)
+    return Changes(
+        trees=tuple(dict.fromkeys((*ALWAYS, *sorted({*files, *volumes, *cached, install.RUNTIME_PATH})))),
+        units=(unit,),
+        profiles=(scenario.subject_name(framework),) if own and framework is Framework.APPARMOR else (),
+        subjects=(),
+        words=tuple(dict.fromkeys(said)),
+        new=new,
+        engine=True,
+    )
+
+
+def _binds(scenario: Scenario, container: Container) -> list[str]:
+    """What of the machine is mounted into a container."""
+    sources = []
+    for bind in container.binds:
+        source, _, options = (*bind.split(":", 2), "")[:3]
+        asked = set(options.split(","))
+        _plain(scenario, source)
+        if not VOLUME.match(source):
+            if asked & {"z", "Z"}:
+                raise _refused(scenario, f"the engine would label {source} anew for its container")
+            if "ro" not in asked:
+                raise _refused(scenario, f"its container may write to {source}, which is no volume of its own")
+            if not GIVEN.match(source):
+                raise _refused(
+                    scenario,
+                    f"its container is given {source}, where programs may have their sockets, the engine among them",
+                )
+        sources.append(source.rstrip("/"))
+    return sources
+
+
+def _beyond(container: Container, commands: Sequence[str]) -> str:
+    """Why a container might change more of the machine than its volumes; empty where it cannot."""
+    asked = container.model_dump(exclude_defaults=True).keys() - COVERED
+    if asked:
+        name = min(asked)
+        return BEYOND.get(name, f"asks for {name}, and what that changes is not known to be covered")
+    loose = next((option for option in LOOSE if option in container.security_opt), None)
+    if loose is not None:
+        return f"has {loose}, so that more of the kernel is open to it"
+    if container.network != "host":
+        return ""
+    if commands:
+        return f"has the machine's network, and attempt {commands[0]} runs a command in it"
+    if not any(OWN_ADDRESS.fullmatch(word) for word in container.run):
+        return "has the machine's network, and no word of its `run` says that it serves 127.0.0.1:PORT alone"
+    return ""
+
+
 def all_of(changes: Iterable[Changes]) -> Changes:
     """What several change together."""
     found = list(changes)
@@ -128,7 +232,8 @@ def all_of(changes: Iterable[Changes]) -> Changes:
     def joined(name: str) -> tuple[str, ...]:
         return tuple(dict.fromkeys(value for one in found for value in getattr(one, name)))
 
-    return Changes(joined("trees"), joined("units"), joined("profiles"), joined("subjects"), joined("words"))
+    parts = ("trees", "units", "profiles", "subjects", "words", "new")
+    return Changes(**{name: joined(name) for name in parts}, engine=any(one.engine for one in found))
 
 
 def _refused(scenario: Scenario, why: str) -> DefinitionError:
@@ -140,18 +245,19 @@ def _refused(scenario: Scenario, why: str) -> DefinitionError:
 
 def _admit_attempts(scenario: Scenario) -> None:
     for spec in scenario.attempts:
-        why = _against(spec)
+        why = _against(spec, inside=scenario.subject.container is not None)
         if why:
             raise _refused(scenario, f"attempt {spec.id} {why}")
 
 
-def _against(spec: Attempt) -> str:
-    """Why an attempt may change what no journal covers; empty where it only reads."""
+def _against(spec: Attempt, *, inside: bool) -> str:
+    """Why an attempt may change what no journal covers; empty where it only reads. `inside`: a container, which is
+    thrown away."""
     if spec.changes_mac:
         return "changes MAC"
     if spec.allowed_if.effect is not None:
         return "is proved by an effect, so it changes something"
-    if spec.run is not None and spec.run[0] not in READERS:
+    if spec.run is not None and spec.run[0] not in READERS and not inside:
         return f"runs {spec.run[0]}, which is not known to change nothing (known: {', '.join(sorted(READERS))})"
     if spec.http is not None and (spec.http.method not in {"GET", "HEAD"} or spec.http.body is not None):
         return f"sends a {spec.http.method}, or a body, by which a service may change things"
@@ -219,14 +325,21 @@ def _targets(scenario: Scenario, number: int, name: str, files: Sequence[str]) -
 
 
 def _allowed(scenario: Scenario, path: str) -> str:
-    clean = path.rstrip("/")
-    if any(part in {"", ".", ".."} for part in clean.split("/")[1:]):
-        raise _refused(scenario, f"{path}: a plain path is needed")
+    clean = _plain(scenario, path)
+    if scenario.subject.container is not None and VOLUME.match(clean):
+        return clean
     if not any(clean.startswith(f"{area}/") for area in AREAS):
         raise _refused(scenario, f"it changes {path}; files are put back below {', '.join(AREAS)} alone")
     obeyed = next((o for o in OBEYED if f"{clean}/".startswith(o)), None)
     if obeyed is not None or OBEYED_AT_HOME.match(clean):
         raise _refused(scenario, f"it changes {path}, which the whole machine obeys")
+    return clean
+
+
+def _plain(scenario: Scenario, path: str) -> str:
+    clean = path.rstrip("/")
+    if any(part in {"", ".", ".."} for part in clean.split("/")[1:]):
+        raise _refused(scenario, f"{path}: a plain path is needed")
     return clean
 
 

@@ -199,11 +199,12 @@ def make(
         effect=list(effect.run) if effect else None,
         **(inside.action if inside else _action(spec, opened.subject, auid)),
         close=closing,
-        **({"keep": _foreseen(spec, word)} if withhold else {}),
+        **({"keep": _foreseen(spec, word) | ({"auid": auid} if inside else {})} if withhold else {}),
     )
     made = facts.read(Made, answer)
     if inside is not None:
-        made = made.model_copy(update={"result": inside.ended(made.result, answer["result"])})
+        ended = inside.ended_there(made.result) if withhold else inside.ended(made.result, answer["result"])
+        made = made.model_copy(update={"result": ended})
     made.result.check(spec.id, command=spec.run is not None)
     if (made.planted is None) != (spec.canary is None):
         raise ChannelError(f"{spec.id}: the agent does not say whether it planted the canary")
@@ -234,7 +235,7 @@ def make(
     )
 
 
-def _foreseen(spec: Attempt, word: str) -> dict[str, list[str]]:
+def _foreseen(spec: Attempt, word: str) -> dict[str, Any]:
     """The words of an output that a verdict looks for: texts as they are, and patterns."""
     proof = spec.allowed_if.output
     texts = [word] + ([] if proof is None else [proof.replace(CANARY, word)])
@@ -262,6 +263,12 @@ class _Inside:
         out, err = (stream.decode("utf-8", "backslashreplace") for stream in (written.out, written.err))
         code = self._container.exit_code(self._number)
         return exchange.model_copy(update={"out": out, "err": err, "exit_code": code})
+
+    def ended_there(self, exchange: Ended) -> Ended:
+        """The same where the machine has told already what the command wrote, as far as it may. Raises EngineError."""
+        if exchange.timed_out:
+            return exchange
+        return exchange.model_copy(update={"exit_code": self._container.exit_code(self._number)})
 
 
 def plant(channel: Channel, spec: Attempt) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lsmlab import attempt, evidence, facts
 from lsmlab.channel.base import Channel
 from lsmlab.container.context import BASE
-from lsmlab.container.install import DEFAULT_PROFILE, SLICE
+from lsmlab.container.install import DEFAULT_PROFILE, SLICE, VEHICLE, VEHICLE_THERE
 from lsmlab.container.spec import Container
 from lsmlab.errors import ChannelError, DefinitionError, SetupError
 from lsmlab.evidence import Denial
@@ -49,6 +49,8 @@ class Plan:
     beside: tuple[Container, ...] = ()
     images: tuple[Made, ...] = ()
     """What containers are made of besides BusyBox, as it lies in the cache: see `with_images`."""
+    vehicle: str = VEHICLE
+    """The one program of every container, on its machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +62,11 @@ class Prepared:
     container: Running | None = None
 
 
-def plan_of(scenario: Scenario, lab: Lab) -> Plan:
-    """The plan of a scenario on a lab. Raises DefinitionError where the lab has no such service, or no engine."""
+def plan_of(scenario: Scenario, lab: Lab, *, kept: bool = False) -> Plan:
+    """The plan of a scenario on a lab. Raises DefinitionError where the lab has no such service, or no engine.
+
+    `kept`: on a machine that stays. There the engine's own profile holds others' containers, and is let alone.
+    """
     return Plan(
         unit=_unit_of(scenario, lab),
         setup=tuple(step.renamed(lab.named) for step in scenario.setup),
@@ -71,11 +76,12 @@ def plan_of(scenario: Scenario, lab: Lab) -> Plan:
             tuple(sorted(scenario.selinux.booleans.items())),
             scenario.apparmor.profiles,
             scenario.apparmor.shipped,
-            (DEFAULT_PROFILE,) if scenario.subject.container is not None else (),
+            (DEFAULT_PROFILE,) if scenario.subject.container is not None and not kept else (),
         ),
         object_path=scenario.object.path and lab.named(scenario.object.path),
         container=scenario.subject.container,
         beside=scenario.subject.beside,
+        vehicle=VEHICLE_THERE if kept else VEHICLE,
     )
 
 
@@ -117,7 +123,7 @@ def set_up(channel: Channel, arm: Arm, plan: Plan, image: Image | None, tell: Te
     for made in plan.images:
         _deliver(channel, arm, made, tell)
     if plan.beside:
-        engine = _engine(channel)
+        engine = _engine(channel, plan)
         for number, container in enumerate(plan.beside, 1):
             engine.start(container, arm, name=f"beside-{number}", unconfined=False)
     if not is_running(channel, plan.unit):
@@ -135,7 +141,7 @@ def enter(channel: Channel, arm: Arm, plan: Plan, *, start: bool) -> Prepared:
     denials: tuple[Denial, ...] = ()
     running = None
     if plan.container is not None:
-        running = _start_container(channel, arm, plan.container)
+        running = _start_container(channel, arm, plan, plan.container)
         started = True
     elif arm.unconfined:
         driver.unconfine(channel, program_of(channel, plan.unit))
@@ -168,21 +174,23 @@ def _refusing_nothing(channel: Channel, arm: Arm) -> Iterator[None]:
     """While the block lasts SELinux only logs: what a build may do is not what is under test."""
     if arm.framework is Framework.SELINUX:
         channel.write_file(ENFORCE, b"0")
-    yield
-    if arm.framework is Framework.SELINUX:
-        channel.write_file(ENFORCE, b"1")
+    try:
+        yield
+    finally:
+        if arm.framework is Framework.SELINUX:
+            channel.write_file(ENFORCE, b"1")
 
 
-def _engine(channel: Channel) -> Engine:
+def _engine(channel: Channel, plan: Plan) -> Engine:
     from lsmlab.container.engine import Engine  # noqa: PLC0415 - its library takes a moment, and few commands need it
 
-    return Engine(channel)
+    return Engine(channel, vehicle=plan.vehicle)
 
 
-def _start_container(channel: Channel, arm: Arm, container: Container) -> Running:
+def _start_container(channel: Channel, arm: Arm, plan: Plan, container: Container) -> Running:
     """The subject's container, in the arm's mode. Raises EngineError, and FrameworkError where nothing confines it."""
     assert arm.framework is not None
-    engine = _engine(channel)
+    engine = _engine(channel, plan)
     engine.need(arm.framework)
     return engine.start(container, arm, name="subject", unconfined=arm.unconfined, group=SLICE)
 

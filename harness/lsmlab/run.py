@@ -133,7 +133,7 @@ def _broken(bench: Workbench, arm: Arm, error: str, seconds: float = 0.0) -> Arm
 def _run_boot(bench: Workbench, scenario: Scenario, arms: Sequence[Arm]) -> dict[Arm, ArmRecord]:
     """The records of `arms`, or of the first of them, where the guest dies."""
     kernel, task = arms[0].kernel, f"{scenario.id} {arms[0].kernel}"
-    plan = prepare.plan_of(scenario, bench.lab)
+    plan = prepare.plan_of(scenario, bench.lab, kept=bench.image is None)
     records: dict[Arm, ArmRecord] = {}
     start = time.monotonic()
     try:
@@ -172,15 +172,21 @@ def _attempts(
     bench: Workbench, machine: Machine, scenario: Scenario, plan: prepare.Plan, arm: Arm, task: str, *, start: bool
 ) -> ArmRecord:
     bench.progress.step(task, f"{arm}: mode, service")
+    anew = machine.stays and plan.container is not None  # no memory is restored there: a container for each attempt
+    if anew:
+        machine.snapshot(READY)
     prepared = prepare.enter(machine.channel, arm, plan, start=start)
     opened = attempt.open_window(machine.channel, plan.unit, plan.object_path)
-    machine.snapshot(READY)
+    if not anew:
+        machine.snapshot(READY)
     records: list[AttemptRecord] = []
     for number, spec in enumerate(scenario.attempts):
         bench.progress.step(task, f"{arm}: {spec.kind} {spec.id}")
         try:
             if number:
                 machine.restore(READY)
+            if number and anew:
+                prepared = prepare.enter(machine.channel, arm, plan, start=start)
             if number and machine.stays:  # its log has gone on
                 opened = attempt.open_window(machine.channel, plan.unit, plan.object_path)
             seen = attempt.make(machine.channel, spec, plan.unit, opened, prepared.container, withhold=machine.stays)

@@ -14,9 +14,10 @@ from lsmlab import __version__, admission, discovery, facts, prepare
 from lsmlab.admission import SCHEME, VAGRANT, Changes
 from lsmlab.bench import Budget
 from lsmlab.channel.ssh import SshChannel, open_ssh
+from lsmlab.container import kept
 from lsmlab.definition import digest_of
 from lsmlab.errors import ChannelError, DefinitionError, LsmlabError, MachineError, SetupError
-from lsmlab.lab import Lab
+from lsmlab.lab import Engine, Lab
 from lsmlab.machine.ssh import PARTS, UNDO_SECONDS, SshMachine, undo_hint
 from lsmlab.outcome import Environment
 from lsmlab.progress import Progress
@@ -28,6 +29,8 @@ RULES_LOCKED = 2
 """audit_enabled: no rule may be added before the next boot."""
 PANICS = "failure 2"
 """As `auditctl -s` says it."""
+ENGINE = Engine(kind="docker", packages=("docker.io",), units=("docker.service",))
+"""Whether one is there is asked where a scenario needs it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +143,7 @@ def lab_for(found: Found, names: str | None) -> Lab:
             f"{found.channel.name}: no lab is for {found.system}: what its services are called is not known",
             hint=f"Say whose names hold there, with `--names LAB`; there are: {known}.",
         )
-    return fitting[0].model_copy(update={"frameworks": found.frameworks})
+    return fitting[0].model_copy(update={"frameworks": found.frameworks, "engine": ENGINE})
 
 
 def fits(lab: Lab, release: Mapping[str, str]) -> bool:
@@ -151,12 +154,16 @@ def fits(lab: Lab, release: Mapping[str, str]) -> bool:
 
 def changes(found: Found, lab: Lab, cases: Iterable[Case]) -> Changes:
     """What `cases` change there, all together. Raises DefinitionError where that could not be undone, or what is
-    attacked is not there."""
-    every = []
+    attacked is not there, and EngineError and FrameworkError where its container engine will not do."""
+    every, contained = [], set[Framework]()
     for case in cases:
-        plan = prepare.plan_of(case.scenario, lab)
+        plan = prepare.plan_of(case.scenario, lab, kept=True)
         unit, steps = plan.unit, (*plan.setup, *plan.after_start)
-        admission.changes_of(case.scenario, case.framework, unit, "", steps)  # refused before anything is asked
+        planned = admission.changes_of(case.scenario, case.framework, unit, "", steps)  # before anything is asked
+        if plan.container is not None:
+            contained.add(case.framework)
+            every.append(planned)
+            continue
         try:
             program = prepare.program_of(found.channel, unit)
         except SetupError as error:
@@ -165,6 +172,8 @@ def changes(found: Found, lab: Lab, cases: Iterable[Case]) -> Changes:
                 hint=f"Install there what scenario {case.scenario.id} attacks, {case.scenario.subject.name}.",
             ) from None
         every.append(admission.changes_of(case.scenario, case.framework, unit, program, steps))
+    if contained:
+        kept.need(kept.look(found.channel), found.channel.name, contained)
     return admission.all_of(every)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from lsmlab import facts
 from lsmlab.channel.agent import AgentChannel
 from lsmlab.channel.ssh_login import Login
+from lsmlab.container import kept
 from lsmlab.doctor import Finding
 from lsmlab.errors import ChannelError
 from lsmlab.terminal import clean
@@ -43,6 +44,7 @@ def examine(channel: AgentChannel, login: Login, units: Iterable[str]) -> list[F
         ("frameworks", True, _frameworks, SECURITYFS),
         ("auditing", True, _auditing, AUDITD),
         ("services", False, lambda asked: _services(asked, units), ""),
+        ("containers", False, _containers, ""),
     ):
         try:
             findings += look(channel)
@@ -134,6 +136,15 @@ def _auditing(channel: AgentChannel) -> Iterator[Finding]:
     read = channel.run(["head", "-c", "1", AUDIT_LOG], timeout=LOOK_SECONDS)
     size = f"{AUDIT_LOG}, {state.size} bytes"
     yield Finding("audit log", ok=read.ok, needed=True, found=size if read.ok else f"{size}: {_line(read.err)}")
+
+
+def _containers(channel: AgentChannel) -> Iterator[Finding]:
+    found = kept.look(channel)
+    why, advice = kept.problem(found)
+    by = " and ".join(f.display for f in found.frameworks)
+    words = _line(why) if why else f"Docker Engine {_line(found.version)} confines by {by or 'no framework'}"
+    ok = not found.installed or not (why or not by)
+    yield Finding("containers", ok=ok, needed=False, found=words, advice="" if ok else advice)
 
 
 def _services(channel: AgentChannel, units: Iterable[str]) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from lsmlab import evidence
 from lsmlab.attempt import REFUSALS, Observation
+from lsmlab.container.install import DEFAULT_PROFILE
 from lsmlab.dac import DacExplanation
 from lsmlab.definition import Strict
 from lsmlab.evidence import Denial, Record
@@ -111,7 +112,7 @@ def _apparmor_problem(arm: Arm, mode: ModeFacts, profile: str) -> str:
     loaded = (mode.profiles or {}).get(profile)
     if arm is Arm.APPARMOR_COMPLAIN and loaded not in {None, "complain"}:
         return f"profile {profile} is in mode {loaded}"
-    if arm.unconfined and loaded is not None:
+    if arm.unconfined and loaded is not None and profile != DEFAULT_PROFILE:  # others' containers need the engine's own
         return f"profile {profile} is loaded in the control arm"
     return ""
 

@@ -21,20 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ssh_relay import reached
 
 from contract.local_guest import AgentOverSsh, LocalAgent, python_3_9
 from fakes import FakeMachine
 from lsmlab import attempt, discovery
+from lsmlab.admission import Changes
 from lsmlab.bench import open_bench
 from lsmlab.channel.agent import AgentChannel
 from lsmlab.channel.base import Channel, CommandResult
-from lsmlab.channel.ssh import Access
+from lsmlab.channel.ssh import Access, open_ssh
 from lsmlab.errors import ChannelError, CommandTimeoutError, LsmlabError, MachineError
 from lsmlab.image.seed import KeyPair
 from lsmlab.machine import states
 from lsmlab.machine.base import Machine
 from lsmlab.machine.hardware import Boot, Network
 from lsmlab.machine.qemu import QemuMachine
+from lsmlab.machine.ssh import PARTS, SshMachine
 from lsmlab.progress import Silent
 from lsmlab.terms import Kernel
 
@@ -78,8 +81,13 @@ if oldest := python_3_9():
     AGENTS["agent-on-python-3.9"] = oldest
 VM = pytest.param("qemu", marks=pytest.mark.lsmlab_vm)
 VM_OVER_SSH = pytest.param("qemu-over-ssh", marks=[pytest.mark.lsmlab_vm, pytest.mark.ssh])
+KEPT = pytest.param("kept", marks=[pytest.mark.lsmlab_vm, pytest.mark.ssh])
+"""A machine that is there already and stays: to restore it is to undo."""
 MACHINES = pytest.mark.parametrize("opener", ["fake", VM, VM_OVER_SSH], indirect=True)
 """For tests of a machine: the agent alone is none."""
+ALL_MACHINES = pytest.mark.parametrize("opener", ["fake", VM, VM_OVER_SSH, KEPT], indirect=True)
+"""For those whose promise holds where nothing but what was changed is put back: its own processes, console and
+connection stay; and there is one of it, so that no second one can be opened beside the shared one."""
 
 
 @pytest.fixture(scope="module", params=["fake", *AGENTS, "agent-over-ssh", VM, VM_OVER_SSH])
@@ -123,6 +131,9 @@ def opener(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         return
     if request.param == "qemu-over-ssh":
         yield from over_ssh_in_a_guest(tmp_path_factory.mktemp("qemu-ssh"))
+        return
+    if request.param == "kept":
+        yield from kept_machine(tmp_path_factory.mktemp("kept"))
         return
     with open_bench(discovery.load_lab("debian-13"), Silent()) as bench:
 
@@ -180,6 +191,34 @@ def over_ssh_in_a_guest(folder: Path) -> Iterator[Opener]:
                 yield Guest(machine, "/root/contract", "/dev/console")
             finally:
                 machine.stop()
+
+        yield opened
+
+
+def kept_machine(home: Path) -> Iterator[Opener]:
+    """A guest that is treated as a machine of somebody's: each opening has a journal, which is undone at its end."""
+    with (
+        open_bench(discovery.load_lab("debian-13"), Silent()) as bench,
+        bench.guest(Kernel.NONE, "kept") as there,
+        reached(there, home) as port,
+        pytest.MonkeyPatch.context() as patched,
+    ):
+        there.channel.run(["mkdir", "/root/contract"]).check()
+        patched.setenv("HOME", str(home))
+        patched.delenv("SSH_AUTH_SOCK", raising=False)
+
+        @contextlib.contextmanager
+        def opened() -> Iterator[Guest]:
+            with contextlib.closing(open_ssh(f"root@127.0.0.1:{port}", PARTS)) as channel:
+                machine = SshMachine(channel)
+                try:
+                    machine.begin(Changes(("/root/contract",), (), (), (), ()))
+                    yield Guest(machine, "/root/contract", "")
+                finally:
+                    machine.stop()
+                assert machine.problem == ""
+            assert there.channel.run(["ls", "-A", "/root/contract"]).check().out == "", "nothing is left"
+            assert not there.channel.run(["test", "-e", "/var/lib/lsmlab"]).ok
 
         yield opened
 
@@ -414,7 +453,7 @@ def test_a_file_that_cannot_be_written_is_an_error(guest: Guest) -> None:
 # Machines
 
 
-@MACHINES
+@ALL_MACHINES
 def test_a_restore_brings_files_back(guest: Guest) -> None:
     guest.channel.write_file(guest.path("kept"), b"as it was")
     guest.machine.snapshot("files")
@@ -441,7 +480,7 @@ def test_a_restore_forgets_processes(guest: Guest) -> None:
     assert guest.channel.run(found).exit_code == 1
 
 
-@MACHINES
+@ALL_MACHINES
 def test_a_snapshot_of_the_same_name_replaces_the_first(guest: Guest) -> None:
     for content in (b"first", b"second"):
         guest.channel.write_file(guest.path("twice"), content)
@@ -451,7 +490,7 @@ def test_a_snapshot_of_the_same_name_replaces_the_first(guest: Guest) -> None:
     assert guest.read("twice") == b"second"
 
 
-@MACHINES
+@ALL_MACHINES
 def test_two_snapshots_live_side_by_side(guest: Guest) -> None:
     for name in ("one", "two"):
         guest.channel.write_file(guest.path("which"), name.encode())
@@ -461,7 +500,7 @@ def test_two_snapshots_live_side_by_side(guest: Guest) -> None:
         assert guest.read("which") == name.encode()
 
 
-@MACHINES
+@ALL_MACHINES
 def test_a_snapshot_that_is_not_there_is_an_error(guest: Guest) -> None:
     guest.channel.write_file(guest.path("known"), b"known")
     guest.machine.snapshot("known")

@@ -211,3 +211,124 @@ def test_every_scenario_of_the_library_is_admitted_or_refused_with_a_reason() ->
 )
 def test_a_machine_is_told_from_a_lab(lab: str, host: str | None) -> None:
     assert admission.host_of(lab) == host
+
+
+# Containers
+
+
+CONTAINED = discovery.load_scenarios(["container-reads-host-shadow"])[0]
+SHOP = "/var/lib/docker/volumes/shop"
+
+
+def container_changes(scenario: Scenario, framework: Framework = Framework.SELINUX) -> admission.Changes:
+    steps = (*scenario.setup, *scenario.after_start)
+    return admission.changes_of(scenario, framework, "system-lsmlab.slice", "", steps)
+
+
+def with_container(**container: Any) -> Scenario:
+    """container-reads-host-shadow with other keys of its container."""
+    document = CONTAINED.model_dump(by_alias=True, exclude_none=True, exclude_defaults=True)
+    document["subject"]["container"] = document["subject"]["container"] | container
+    return Scenario.model_validate(document, strict=False)
+
+
+def container_refusal(scenario: Scenario) -> str:
+    with pytest.raises(DefinitionError, match="is not run on a machine that is kept") as caught:
+        container_changes(scenario)
+    return caught.value.message
+
+
+def test_a_container_that_reads_is_admitted_and_what_it_changes_is_said() -> None:
+    found = container_changes(CONTAINED)
+    assert found.engine and found.units == ("system-lsmlab.slice",)
+    assert found.new == (SHOP, "/usr/local/bin/lsmlab-runtime", "/etc/docker/lsmlab-auid")
+    assert {"/etc", "/etc/shadow", SHOP, "/usr/local/bin/lsmlab-runtime"} <= set(found.trees)
+    assert (found.profiles, found.subjects) == ((), ()), "the engine's own profile holds others' containers"
+    words = "\n".join(found.words)
+    for word in (
+        "/etc/docker/daemon.json has one more runtime", "given the machine's /etc, to read", "label=disable",
+        "boolean container_mounton_non_security is set, which holds for the whole engine", f"{SHOP}/_data/orders.txt",
+    ):  # fmt: skip
+        assert word in words
+    found = container_changes(CONTAINED, Framework.APPARMOR)
+    assert found.profiles == () and "/var/cache/apparmor" in found.trees
+    assert "apparmor=unconfined" in "\n".join(found.words)
+
+
+def test_a_profile_of_the_container_s_own_is_kept_as_a_service_s_is() -> None:
+    (own,) = discovery.load_scenarios(["container-reads-host-shadow-own-profile"])
+    found = container_changes(own, Framework.APPARMOR)
+    assert found.profiles == ("shop-container",)
+    assert any("/etc/apparmor.d/shop-container.apparmor" in word for word in found.words)
+
+
+@pytest.mark.parametrize(
+    ("container", "why"),
+    [
+        ({"privileged": True}, "is privileged"),
+        ({"cap_add": ["SYS_ADMIN"]}, "has capabilities beyond the engine's own"),
+        ({"pid": "host"}, "sees the processes of the whole machine"),
+        ({"security_opt": ["seccomp=unconfined"]}, "has seccomp=unconfined"),
+        ({"security_opt": ["systempaths=unconfined"]}, "has systempaths=unconfined"),
+        ({"network": "host"}, "attempt read-shadow runs a command in it"),
+        ({"binds": ["/run/docker.sock:/run/docker.sock"]}, "may write to /run/docker.sock"),
+        ({"binds": ["/run/docker.sock:/run/docker.sock:ro"]}, "the engine among them"),
+        ({"binds": ["/var/run:/x:ro"]}, "the engine among them"),
+        ({"binds": ["/:/host:ro"]}, "the engine among them"),
+        ({"binds": ["/etc/../run:/x:ro"]}, "a plain path is needed"),
+        ({"binds": ["/etcetera:/x:ro"]}, "the engine among them"),
+        ({"binds": ["/etc:/x"]}, "may write to /etc"),
+        ({"binds": ["/etc:/x:rw"]}, "may write to /etc"),
+        ({"binds": ["/etc:/x:ro,z"]}, "label /etc anew"),
+        ({"binds": ["/var/lib/docker/volumes:/x"]}, "may write to /var/lib/docker/volumes"),
+        ({"binds": ["/var/lib/docker/volumes/shop/_dataset:/x"]}, "may write to"),
+        ({"binds": ["/var/lib/docker/volumes/../overlay2/_data:/x"]}, "a plain path is needed"),
+    ],
+)
+def test_a_container_that_could_change_more_is_refused(container: dict[str, Any], why: str) -> None:
+    assert why in container_refusal(with_container(**container))
+
+
+def test_a_container_beside_is_held_to_the_same() -> None:
+    document = CONTAINED.model_dump(by_alias=True, exclude_none=True, exclude_defaults=True)
+    document["subject"]["beside"] = [{"privileged": True}]
+    assert "is privileged" in container_refusal(Scenario.model_validate(document, strict=False))
+
+
+def test_a_key_of_containers_that_nobody_thought_of_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "COVERED", admission.COVERED - {"binds"})
+    assert "asks for binds, and what that changes is not known to be covered" in container_refusal(CONTAINED)
+
+
+def test_a_server_in_the_machine_s_network_serves_that_machine_alone() -> None:
+    (serving,) = discovery.load_scenarios(["container-serves-host-shadow"])
+    assert any("can ask the container's server" in word for word in container_changes(serving).words)
+    document = serving.model_dump(by_alias=True, exclude_none=True, exclude_defaults=True)
+    document["subject"]["container"]["run"] = ["httpd", "-f", "-p", "8080"]
+    assert "serves 127.0.0.1:PORT alone" in container_refusal(Scenario.model_validate(document, strict=False))
+
+
+def test_a_volume_is_for_containers_alone() -> None:
+    assert SHOP in refusal(changed(setup=[{"write": {"path": f"{SHOP}/_data/x", "content": "x"}}]))
+
+
+def test_which_of_the_library_s_containers_are_admitted() -> None:
+    admitted = set()
+    for scenario in discovery.load_scenarios([n for n in discovery.scenarios().ids if n.startswith("container-")]):
+        for framework in scenario.expected:
+            try:
+                container_changes(scenario, framework)
+            except DefinitionError:
+                continue
+            admitted.add(scenario.id)
+    assert admitted == {
+        "container-reads-host-shadow", "container-reads-host-shadow-as-spc", "container-reads-host-shadow-own-profile",
+        "container-reads-other-tenant", "container-reads-other-tenant-same-level", "container-serves-host-shadow",
+        "container-makes-user-namespace",
+    }  # fmt: skip
+
+
+def test_what_several_change_is_put_together() -> None:
+    both = admission.all_of([changes(FLAGSHIP), container_changes(CONTAINED)])
+    assert both.engine and both.units == ("nginx.service", "system-lsmlab.slice") and SHOP in both.new
+    assert not admission.all_of([changes(FLAGSHIP)]).engine

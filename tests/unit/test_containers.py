@@ -84,12 +84,12 @@ class FakeEngine:
                 self.end_headers()
                 self.wfile.write(data)
 
-            do_GET = do_POST = answer  # noqa: N815 - the names are http.server's
+            do_GET = do_POST = do_DELETE = answer  # noqa: N815 - the names are http.server's
 
             def log_message(self, *_: Any) -> None: ...
 
         self._server = socketserver.ThreadingUnixStreamServer(self.path, Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
         self._server.shutdown()
@@ -138,7 +138,7 @@ def started(fake: FakeEngine, arm: Arm = ENFORCE, **container: Any) -> Running:
 def reached(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """The engine is where a guest has it."""
     monkeypatch.setattr(install, "SOCKET", fake.path)
-    monkeypatch.setattr(engine, "Engine", lambda channel: Engine(channel, fake.path))
+    monkeypatch.setattr(engine, "Engine", lambda channel, **more: Engine(channel, fake.path, **more))
     return fake
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lsmlab.guest import agent, canaries, undo
+from lsmlab.guest import agent, canaries, engine, undo
 from lsmlab.machine.ssh import PARTS as PARTS_OVER_SSH
 
 HARNESS = Path(__file__).resolve().parents[2] / "harness"
@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         # what runs in a guest: it imports nothing else of ours, and here it is a text
         "guest.agent",
         "guest.files",
-        "guest.kernel",
+        "guest.kernel guest.engine",
         "guest.undo",
         "guest.canaries",
         # files, folders and programs of the host
@@ -48,6 +48,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "channel.ssh_login",
         "channel.ssh",
         "container.install container.transport",
+        "container.kept",
         "container.engine",
         "container.delivery",
         # their disks, of which some are made in a guest
@@ -234,7 +235,7 @@ def questions(path: Path) -> Iterator[tuple[int, str, set[str]]]:
 
 
 def test_what_the_agent_is_asked_it_knows() -> None:
-    known = undo.OPERATIONS | canaries.OPERATIONS | agent.OPERATIONS
+    known = undo.OPERATIONS | engine.OPERATIONS | canaries.OPERATIONS | agent.OPERATIONS
     asked = set()
     for path in [*sources(HARNESS).values(), *sorted((HARNESS.parent / "scripts").glob("*.py"))]:
         for line, operation, names in questions(path):

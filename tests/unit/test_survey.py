@@ -17,6 +17,7 @@ from lsmlab import survey
 from lsmlab.channel.agent import AgentChannel
 from lsmlab.channel.ssh import open_ssh
 from lsmlab.channel.ssh_login import Login
+from lsmlab.container import kept
 from lsmlab.doctor import Finding
 from lsmlab.errors import ChannelError
 from ssh_server import ssh_home
@@ -31,6 +32,13 @@ APPARMOR: dict[str, Any] = {
     "profiles": {"nginx": "enforce", "named": "complain", "cupsd": "enforce", "lsb_release": "kill"},
 }  # fmt: skip
 UNITS = ("nginx.service", "named.service")
+NO_ENGINE: dict[str, Any] = {"installed": False, "pid": 0, "runc": "", "busybox": ""}
+ENGINE: dict[str, Any] = {
+    "installed": True, "pid": 700, "runc": "/usr/sbin/runc", "busybox": "/bin/busybox", "program": "dockerd",
+    "options": ["-H"], "api": "1.45", "version": "26.1.5", "security": ["name=seccomp,profile=builtin", "name=selinux"],
+    "cgroups": "systemd 2", "data": "/var/lib/docker", "knows_runtime": False, "has_image": False,
+    "settings_problem": "", "settings_unread": False,
+}  # fmt: skip
 CUT = object()
 """Instead of an answer: the connection ends."""
 
@@ -42,6 +50,7 @@ def good() -> Answers:
     return {
         "mode": SELINUX,
         "audit_state": AUDIT,
+        "engine_state": NO_ENGINE,
         "pids": lambda question: [611, 612] if question["unit"] == "nginx.service" else [],
         "uname": "Linux 6.12.9 x86_64\n",
         "cat": 'ID=debian\nPRETTY_NAME="Debian GNU/Linux 13 (trixie)"\n',
@@ -111,6 +120,7 @@ def test_a_machine_that_could_be_a_lab() -> None:
         "auditing": "on, auditd is process 411, 0 records lost",
         "audit log": "/var/log/audit/audit.log, 5120 bytes",
         "nginx.service": "system_u:system_r:httpd_t:s0",
+        "containers": "there is no Docker Engine (docker.service)",
     }
     assert all(f.ok and not f.advice for f in findings)
 
@@ -238,6 +248,13 @@ def test_a_service_of_many_processes_is_asked_in_bounds() -> None:
     assert set(asked) == {survey.MOST_PROCESSES}
 
 
+def test_whether_the_container_engine_will_do_is_one_line() -> None:
+    found = of(surveyed(engine_state=ENGINE), "containers")
+    assert (found.ok, found.found, found.advice) == (True, "Docker Engine 26.1.5 confines by SELinux", "")
+    found = of(surveyed(engine_state=ENGINE | {"security": ["name=rootless", "name=selinux"]}), "containers")
+    assert not found.ok and not found.needed and "is rootless" in found.found and found.advice
+
+
 # A machine that says anything
 
 
@@ -257,6 +274,8 @@ def test_a_service_of_many_processes_is_asked_in_bounds() -> None:
         ({"uname": {"exit_code": "x"}}, "system"),
         ({"id": None}, "root"),
         ({"python3": 1}, "Python"),
+        ({"engine_state": []}, "containers"),
+        ({"engine_state": ENGINE | {"cgroups": 2}}, "containers"),
     ],
 )
 def test_nonsense_is_a_finding_and_the_rest_is_looked_at(changed: dict[str, Any], what: str) -> None:
@@ -300,7 +319,7 @@ def over_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         home.sudo_that_obeys()
 
         def look() -> list[Finding]:
-            with contextlib.closing(open_ssh("machine")) as channel:
+            with contextlib.closing(open_ssh("machine", kept.PARTS)) as channel:
                 return survey.examine(channel, channel.login, UNITS)
 
         yield look

@@ -103,6 +103,17 @@ def test_a_wrong_mode_is_told(arm: Arm, found: Any, problem: str) -> None:
     assert mode_problem(arm, found, "nginx") == problem
 
 
+def test_the_engine_s_own_profile_may_be_loaded_in_the_control() -> None:
+    """Others' containers run under it; that the control's is unconfined is seen of its processes."""
+    loaded = mode(NO_APPARMOR, profiles={"docker-default": "enforce", "shop-container": "enforce"})
+    assert mode_problem(NO_APPARMOR, loaded, "docker-default") == ""
+    assert mode_problem(NO_APPARMOR, loaded, "shop-container") == "profile shop-container is loaded in the control arm"
+    log = exec_record(subject="docker-default")
+    seen = run_observation(NO_APPARMOR, log, mode_before=loaded, mode_after=loaded)
+    judged = judge(run_attempt(), NO_APPARMOR, seen, "docker-default")
+    assert judged.reason == "the control's subject is confined: it runs in docker-default"
+
+
 # What fails an attempt
 
 WRONG = {

@@ -174,6 +174,8 @@ def _refused_without_leave(lab: str, env: dict[str, str]) -> None:
     assert "has no AppArmor; it has: selinux" in said
     said = lsmlab("run", "shop-loads-policy", "--lab", lab, "--allow-changes", env=env, code=4).stderr
     assert "is not run on a machine that is kept" in said
+    said = lsmlab("run", "container-reads-host-shadow", "--lab", lab, "--allow-changes", env=env, code=3).stderr
+    assert "there is no Docker Engine (docker.service)" in said and "Install Docker Engine there" in said
 
 
 def _as_it_should_be(found: dict[str, Any], framework: Framework, lab: str, printed: str) -> None:

@@ -104,6 +104,8 @@ def run_command(
         lsmlab run nginx-reads-shadow --lab fedora-44
 
         lsmlab run nginx-reads-shadow --lab ssh:admin@web1.example.org --allow-changes
+
+        lsmlab run container-reads-host-shadow --lab ssh:localhost --allow-changes
     """
     see_json_target(json_file)
     accelerator_of(accel)

@@ -269,8 +269,9 @@ def doctor_command(
 def _surveyed(name: str, units: set[str]) -> list[doctor.Finding]:
     from lsmlab import survey  # noqa: PLC0415 - paramiko takes longer to load than most commands run
     from lsmlab.channel.ssh import open_ssh  # noqa: PLC0415 - same
+    from lsmlab.container import kept  # noqa: PLC0415 - with it
 
-    with contextlib.closing(open_ssh(name)) as channel:
+    with contextlib.closing(open_ssh(name, kept.PARTS)) as channel:
         return survey.examine(channel, channel.login, units)
 
 

@@ -12,7 +12,8 @@ from urllib.parse import quote, urlencode
 from lsmlab.channel.base import Channel
 from lsmlab.container import context, install
 from lsmlab.container.context import Context, Entry
-from lsmlab.container.engine import LEAST_API, Engine
+from lsmlab.container.engine import Engine
+from lsmlab.container.kept import LEAST_API
 from lsmlab.container.spec import ContainerImage
 from lsmlab.errors import EngineError
 

@@ -16,14 +16,13 @@ from docker.errors import DockerException
 
 from lsmlab.channel.base import Channel
 from lsmlab.container import install, transport
+from lsmlab.container.kept import LEAST_API
 from lsmlab.container.spec import Container
 from lsmlab.errors import EngineError, FrameworkError
 from lsmlab.terms import Arm, Framework
 
 T = TypeVar("T")
 
-LEAST_API = (1, 41)
-"""Docker Engine 20.10, which Debian 11 and 12 have."""
 LOG_LINES = 10
 UNCONFINED = {Framework.APPARMOR: "apparmor=unconfined", Framework.SELINUX: "label=disable"}
 OPTION = {Framework.APPARMOR: "apparmor=", Framework.SELINUX: "label="}
@@ -42,8 +41,9 @@ class Output:
 class Engine:
     """The engine behind `channel`. Every method raises EngineError."""
 
-    def __init__(self, channel: Channel, socket: str = install.SOCKET) -> None:
-        """Reach the engine, and see that it is not too old."""
+    def __init__(self, channel: Channel, socket: str = install.SOCKET, *, vehicle: str = install.VEHICLE) -> None:
+        """Reach the engine, and see that it is not too old. `vehicle`: where its machine has the one program."""
+        self._vehicle = vehicle
         self._adapter = transport.ChannelAdapter(channel, socket)
         least = ".".join(map(str, LEAST_API))
         found = _asked(self._client_of(least).version, api_version=False)
@@ -131,7 +131,7 @@ class Engine:
     ) -> dict[str, Any]:
         program = install.PROGRAM if container.image is None else install.PROGRAM_BESIDE
         found: dict[str, Any] = self._client.create_host_config(
-            binds=[f"{install.VEHICLE}:{program}:ro", *container.binds],
+            binds=[f"{self._vehicle}:{program}:ro", *container.binds],
             cap_add=list(container.cap_add),
             privileged=container.privileged,
             security_opt=options(container, framework, unconfined=unconfined),

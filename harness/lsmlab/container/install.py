@@ -21,6 +21,12 @@ PROGRAM = "/bin/busybox"
 """Where a container has it."""
 PROGRAM_BESIDE = "/.lsmlab/busybox"
 """Where a container has it whose image is another: a path that no image has."""
+VEHICLE_THERE = "/var/lib/lsmlab/vehicle"
+"""The same on a machine that is kept."""
+SETTINGS_PATH = "/etc/docker/daemon.json"
+VOLUMES = "/var/lib/docker/volumes"
+RUNC = "/usr/sbin/runc"
+"""Where a guest of ours has it."""
 RUNTIME = "lsmlab"
 RUNTIME_PATH = "/usr/local/bin/lsmlab-runtime"
 AUID_PATH = "/etc/docker/lsmlab-auid"
@@ -30,7 +36,7 @@ RUNTIME_SCRIPT = f"""#!/bin/sh
 if [ -s {AUID_PATH} ]; then
     read -r auid < {AUID_PATH} && echo "$auid" > /proc/self/loginuid || exit 1
 fi
-exec /usr/sbin/runc "$@"
+exec {RUNC} "$@"
 """
 SETTINGS = {
     "bridge": "none",
@@ -84,7 +90,7 @@ def digest() -> str:
 
 def write(channel: Channel) -> None:
     """Put into the guest what its engine is to find when it starts."""
-    channel.write_file("/etc/docker/daemon.json", settings())
+    channel.write_file(SETTINGS_PATH, settings())
     channel.write_file(RUNTIME_PATH, RUNTIME_SCRIPT.encode(), mode=0o755)
     channel.ask("relabel", within=120, paths=["/etc/docker", RUNTIME_PATH])
     channel.run(["cp", "/bin/busybox", VEHICLE]).check()  # in place: the audit rule knows the file by its inode

@@ -22,12 +22,12 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
-from lsmlab.guest import agent, files, kernel
+from lsmlab.guest import agent, engine, files, kernel
 from lsmlab.guest.agent import Refused
 from lsmlab.guest.files import Problems, Trees
 
 FOLDER = "/var/lib/lsmlab"
-FORMAT = 1
+FORMAT = 2
 PASSES = 4
 """So often is put back what is not as it was; something else may change it meanwhile."""
 MOST_NAMED = 20
@@ -37,7 +37,7 @@ LOCK_SECONDS = 20
 """How long an agent may take to end after its connection has."""
 GRACE_SECONDS = 600
 """What is changed so much later than a run was last at work, somebody else has changed."""
-TRANSIENT = ("/run", "/tmp", "/var/tmp")  # noqa: S108 - folders whose own times are everybody's
+TRANSIENT = ("/run", "/tmp", "/var/tmp", "/var/lib/docker")  # noqa: S108 - folders whose own times are everybody's
 Mark = dict[str, Any]
 
 
@@ -118,10 +118,17 @@ class Journal:
         return lock if same else -1
 
     @_one_by_one
-    def begin(self, who: str, trees: list[str], units: list[str], profiles: Iterable[str] = ()) -> None:
+    def begin(
+        self,
+        who: str,
+        trees: list[str],
+        units: list[str],
+        profiles: Iterable[str] = (),
+        container_engine: engine.About | None = None,
+    ) -> None:
         """Keep all that is to be as it is now. Nothing may be changed before this has returned.
 
-        `profiles`: will be removed or replaced. Raises Refused, OSError.
+        `profiles`: will be removed or replaced. `container_engine`: will make containers. Raises Refused, OSError.
         """
         if self._marks:
             raise Refused("what was begun here has not ended")
@@ -130,12 +137,19 @@ class Journal:
             self._drop()
             raise Refused("the journal of another run is there")
         try:
-            self._keep_all(who, trees, units, list(profiles))
+            self._keep_all(who, trees, units, list(profiles), container_engine)
         except BaseException:  # nothing was changed
             self._leave()
             raise
 
-    def _keep_all(self, who: str, trees: list[str], units: list[str], profiles: list[str]) -> None:
+    def _keep_all(
+        self,
+        who: str,
+        trees: list[str],
+        units: list[str],
+        profiles: list[str],
+        container_engine: engine.About | None,
+    ) -> None:
         self._clear()
         os.mkdir(f"{self.folder}/objects", 0o700)
         self._trees = Trees(f"{self.folder}/objects")  # of an earlier journal nothing is kept any more
@@ -145,7 +159,7 @@ class Journal:
         single = sorted({_standing(path) for path in trees})
         self._about = {
             "format": FORMAT, "who": who, "begun": time.strftime("%Y-%m-%d %H:%M:%S"), "trees": trees,
-            "single": [path for path in single if not path.startswith(TRANSIENT)],
+            "single": [path for path in single if not path.startswith(TRANSIENT)], "engine": container_engine,
         }  # fmt: skip
         base = self._kept(units, policy=True)
         lost = kernel.not_kept(base["apparmor"], profiles)
@@ -160,7 +174,9 @@ class Journal:
     def _parts(self, units: list[str], *, keep: bool = False, policy: bool = False) -> dict[str, Callable[[], Any]]:
         """How each part of a mark is looked at."""
         save = self._save if keep else None
+        about = self._about["engine"]
         return {
+            "engine": lambda: None if about is None else engine.look(about),
             "files": lambda: self._trees.scan(self._about["trees"], self._about["single"], keep=keep),
             "selinux": lambda: kernel.selinux(policy=policy),
             "apparmor": lambda: kernel.apparmor(save),
@@ -224,6 +240,10 @@ class Journal:
         aside = Problems()  # what is wrong is seen in the passes
         with aside.going_on("lock"):
             self._at_work()
+        if was["engine"]:  # before their group is stopped: a container's first process heeds no SIGTERM
+            with aside.going_on("engine"):
+                about = self._about["engine"]
+                done += engine.remove_containers(about, was["engine"], engine.look(about), aside)
         with aside.going_on("units"):
             stopped = kernel.stop_changed(was["units"], kernel.units(list(was["units"])), aside)
             done += [f"{unit} stopped" for unit in stopped]
@@ -241,7 +261,10 @@ class Journal:
 
     def _put_back(self, was: Mark, now: Mark, problems: Problems) -> list[str]:
         """Put back all that differs, part by part; what cannot be is noted, and keeps no other from it."""
-        done = self._trees.put_back(was["files"], now["files"], problems)
+        done = []
+        if was["engine"]:
+            done += engine.put_back(self._about["engine"], was["engine"], now["engine"], problems)
+        done += self._trees.put_back(was["files"], now["files"], problems)
         if any(path.startswith("/etc/systemd/") for path in done):
             with problems.going_on("systemctl"):
                 kernel.program("systemctl", "daemon-reload")
@@ -277,6 +300,12 @@ class Journal:
         os.unlink(self._file)  # from here on, nothing is to be undone
         self._leave()
         return done
+
+    @property
+    def engine_word(self) -> str:
+        """What every container of ours bears; empty where none may be made now."""
+        about = self._about.get("engine") if self._marks else None
+        return str(about["word"]) if about else ""
 
     @_one_by_one
     def take_up(self, *, force: bool = False, who: str = "") -> bool:
@@ -376,6 +405,7 @@ def _device(path: str) -> int:
 def _differences(was: Mark, now: Mark) -> list[str]:
     words = files.differences(was["files"], now["files"])
     words += kernel.differences(was, now)
+    words += engine.differences(was["engine"], now["engine"]) if was["engine"] else []
     words += ["the audit rules are others"] if was["audit"] != now["audit"] else []
     return words + [f"{unit}: another state" for unit in was["units"] if was["units"][unit] != now["units"][unit]]
 
@@ -405,8 +435,23 @@ def journal() -> dict[str, str] | None:
     return _journal.status()
 
 
-def begin(who: str, trees: list[str], units: list[str], profiles: list[str], rules: list[list[str]]) -> None:
-    """Write the journal; then have auditing record what evidence needs, by `rules` of auditctl."""
+def begin(
+    who: str,
+    trees: list[str],
+    units: list[str],
+    profiles: list[str],
+    rules: list[list[str]],
+    new: list[str] | None = None,
+    container_engine: dict[str, Any] | None = None,
+) -> None:
+    """Write the journal; then have auditing record what evidence needs, by `rules` of auditctl.
+
+    `new`: must not be there yet, since it is removed at the end. `container_engine`: what the journal says of it
+    (engine.About), and what `engine.set_up` takes.
+    """
+    there = next((path for path in new or () if os.path.lexists(path)), None)
+    if there is not None:
+        raise Refused(f"{there}: is there already, and it is somebody's")
     used = kernel.users_of(profiles, units)
     if used:
         raise Refused(f"{used}, which is no process of {', '.join(units)}: it would lose its confinement")
@@ -414,12 +459,15 @@ def begin(who: str, trees: list[str], units: list[str], profiles: list[str], rul
     if others:
         raise Refused(f"{', '.join(others)}: would be stopped with {', '.join(units)}, and not started again")
     with _journal.turn:
-        _journal.begin(who, trees, units, profiles)
+        given = container_engine
+        _journal.begin(who, trees, units, profiles, given and given["about"])
         try:
             agent.VEHICLE = f"{_journal.folder}/vehicle"
             with open(agent.VEHICLE, "xb"):  # what the rule on commands run as a service watches
                 pass
             kernel.audit_as_needed(rules)
+            if given is not None:
+                engine.set_up(given["about"], given["runtime"], given["program"], agent.VEHICLE)
         except BaseException:
             _journal.end()
             raise
@@ -451,6 +499,16 @@ def undo(force: bool = False, who: str = "") -> list[str] | None:
 
 def clock(seconds: float) -> None:
     """Nothing: this machine's clock is its own, and right."""
+
+
+def turn() -> threading.RLock:
+    """Who has it is the only one that changes anything: what is asked meanwhile waits."""
+    return _journal.turn
+
+
+def engine_word() -> str:
+    """See `Journal.engine_word`."""
+    return _journal.engine_word
 
 
 def remember(auid: int) -> None:

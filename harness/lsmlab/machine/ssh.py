@@ -19,14 +19,15 @@ from lsmlab import __version__
 from lsmlab.admission import Changes
 from lsmlab.channel.base import Channel, CommandResult
 from lsmlab.channel.ssh import SshChannel, open_ssh
+from lsmlab.container import install, kept
 from lsmlab.errors import ChannelError, LsmlabError, MachineError
 
-PARTS = ("files", "kernel", "undo", "canaries")
+PARTS = ("files", "kernel", "engine", "undo", "canaries")
 """What adds to the agent there, in the order of their imports."""
 UNDO_SECONDS = 600.0
 """How long a look at all that is kept, and putting it back, may take there."""
 RULES = "image/overlay/etc/audit/rules.d/audit.rules"
-VEHICLE = ("/usr/lib/lsmlab/vehicle", "/var/lib/lsmlab/vehicle")
+VEHICLE = (install.VEHICLE, install.VEHICLE_THERE)
 """Where the program of a command run as a service is copied to: in our images, and on a machine that is kept."""
 
 
@@ -47,17 +48,23 @@ class _Guarded:
     def __init__(self, machine: SshMachine) -> None:
         self._machine = machine
 
+    def _open(self) -> SshChannel:
+        try:
+            return self._machine.open_channel()
+        except MachineError as error:
+            raise ChannelError(error.message) from None
+
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout: float = 60) -> CommandResult:
         """See `Channel.run`."""
-        return self._machine.open_channel().run(argv, stdin=stdin, timeout=timeout)
+        return self._open().run(argv, stdin=stdin, timeout=timeout)
 
     def write_file(self, path: str, data: bytes, *, mode: int | None = None, owner: str | None = None) -> None:
         """See `Channel.write_file`."""
-        self._machine.open_channel().write_file(path, data, mode=mode, owner=owner)
+        self._open().write_file(path, data, mode=mode, owner=owner)
 
     def ask(self, operation: str, *, within: float = 30, **arguments: Any) -> Any:
         """See `Channel.ask`."""
-        return self._machine.open_channel().ask(operation, within=within, **arguments)
+        return self._open().ask(operation, within=within, **arguments)
 
 
 class SshMachine:
@@ -112,8 +119,13 @@ class SshMachine:
             self._connection.ask(
                 "begin", within=UNDO_SECONDS,
                 who=self._who, trees=list(changes.trees), units=list(changes.units), profiles=list(changes.profiles),
-                rules=audit_rules(),
+                rules=audit_rules(), new=list(changes.new),
+                container_engine=kept.for_journal(kept.look(self._connection)) if changes.engine else None,
             )  # fmt: skip
+            if changes.engine:
+                from lsmlab.container.engine import Engine  # noqa: PLC0415 - its library takes a moment
+
+                Engine(self._connection).load_image()
 
     @contextlib.contextmanager
     def _undoing(self) -> Iterator[None]:
