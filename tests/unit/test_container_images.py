@@ -547,6 +547,7 @@ class Sdk:
 def process_of(config: dict[str, Any], **keys: Any) -> tuple[Any, Any, engine.Running, dict[str, Any]]:
     sdk = Sdk(config)
     made = engine.Engine.__new__(engine.Engine)
+    made._vehicle = install.VEHICLE
     made._client, made._adapter = sdk, None  # type: ignore[assignment]
     given = Container.model_validate_json(json.dumps({"image": {"packages": ["nginx"]}, **keys}))
     running = made.start(given, Arm.APPARMOR_ENFORCE, name="subject", unconfined=False)

@@ -41,6 +41,11 @@ if [ -d elsewhere/selinux ]; then # the distribution's modules go with its polic
     cp -R --no-preserve=ownership elsewhere/selinux tree/etc/selinux/default
     contexts=etc/selinux/default/contexts/files
     find tree/$contexts -name '*.bin' -delete # of another libselinux
+    # What systemd 254 and later start services by: to a policy that is older, a program like any, with a domain of its own
+    if ! grep -q systemd-executor tree/$contexts/file_contexts; then
+        printf '(/usr)?/lib/systemd/systemd-executor\t--\t%s\n' "$(chroot tree matchpathcon -n /usr/lib/systemd/systemd)" \
+            >> tree/$contexts/file_contexts
+    fi
     for name in file_contexts file_contexts.homedirs file_contexts.local; do
         [ ! -f "tree/$contexts/$name" ] || chroot tree sefcontext_compile "/$contexts/$name"
     done
@@ -58,7 +63,8 @@ if [ -d tree/etc/selinux/default ]; then
     }
     dump shipped
     if [ -d elsewhere/selinux ]; then # there are no modules to build it from: it is compiled again from its own dump
-        "$python" -P -m lsmlab.image.policy < shipped.cil > policy.cil
+        "$python" -P -c 'import sys; from lsmlab.image import policy; sys.stdout.write(policy.decisions(sys.stdin.read()))' \
+            < shipped.cil > policy.cil
         cp policy.cil tree/
         chroot tree secilc --policyvers "${policy##*.}" --output "/$policy" --filecontext /dev/null \
             /policy.cil > secilc.log 2>&1 || { cat secilc.log >&2; exit 1; }
