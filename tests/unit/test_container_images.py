@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fakes import ScriptedChannel, said
 from lsmlab import cache, discovery, host, inventory, prepare, scenario
@@ -130,7 +132,7 @@ def test_a_dockerfile_builds_on_what_the_engine_has(tmp_path: Path, text: str, l
 
 
 def test_stages_and_a_base_are_what_it_may_build_on(tmp_path: Path) -> None:
-    text = "FROM --platform=linux/amd64 lsmlab AS Tools\nFROM tools\nFROM base\nFROM scratch\n"
+    text = "FROM --platform=linux/amd64 lsmlab AS Tools\nfrom\ttools\nFROM base\nFROM scratch\n"
     image = f'{{dockerfile: image/Dockerfile, base: {{registry: "{REFERENCE}"}}}}'
     (found,) = load(tmp_path, image, {"image/Dockerfile": text}).contexts()
     assert found.builds_on_busybox
@@ -223,6 +225,15 @@ def test_a_step_of_the_engine_is_a_line_of_the_dockerfile(tmp_path: Path) -> Non
     ]  # fmt: skip
     assert found.instructions[2].arguments == "a && b"
     assert [found.line_of_step(n) for n in (0, 1, 3, 5, 6)] == [1, 2, 5, 9, 1]
+
+
+@given(st.text(alphabet="aF \t\\\n\r#$\x0b\x0c\u2028\x85", max_size=40))
+def test_no_text_of_a_dockerfile_is_more_than_instructions(text: str) -> None:
+    found = list(context._instructions(text))
+    lines = [one.line for one in found]
+    assert lines == sorted(set(lines)) and all(1 <= line <= len(text.splitlines()) for line in lines)
+    assert all(one.word for one in found)
+    list(context._stages(tuple(found)))
 
 
 # On this machine
@@ -587,10 +598,10 @@ def test_the_engine_is_given_what_a_container_is_made_of(
     of_registry, of_packages = ContainerImage(registry=REFERENCE), ContainerImage(packages=("nginx",))
     on_base = ContainerImage(dockerfile=tmp_path / "Dockerfile", base=spec.BaseImage(registry=REFERENCE))
     channel = ScriptedChannel([(r"write /sys/fs/selinux/enforce", said())], {})
-    for image, given in (
+    for image, built_from in (
         (of_registry, None), (of_packages, None), (on_base, context.read(tmp_path / "Dockerfile", has_base=True)),
     ):  # fmt: skip
-        prepare._deliver(channel, arm, container.Made(image, archive, given), lambda _: None)
+        prepare._deliver(channel, arm, container.Made(image, archive, built_from), lambda _: None)
     assert delivered == [
         ("load", (loaded, (of_registry.name,))), ("import", of_packages.name),
         ("load", (loaded, ("base:latest",))), ("build", on_base.name),

@@ -122,13 +122,13 @@ def _instructions(text: str) -> Iterator[Instruction]:
     start = 0
     for number, line in enumerate(text.splitlines(), 1):
         words = line.strip()
-        if not words or words.startswith("#"):
+        if words.startswith("#"):
             continue
-        if not parts:
+        piece = words.removesuffix("\\").strip()
+        if piece and not parts:
             start = number
-        goes_on = words.endswith("\\")
-        parts.append(words.removesuffix("\\").strip())
-        if not goes_on:
+        parts += [piece] if piece else []
+        if parts and words and not words.endswith("\\"):
             yield _instruction(start, parts)
             parts = []
     if parts:
@@ -136,8 +136,8 @@ def _instructions(text: str) -> Iterator[Instruction]:
 
 
 def _instruction(line: int, parts: list[str]) -> Instruction:
-    word, _, arguments = " ".join(parts).partition(" ")
-    return Instruction(line, word.upper(), arguments.strip())
+    word, *arguments = " ".join(parts).split(None, 1)
+    return Instruction(line, word.upper(), "".join(arguments))
 
 
 def _stages(instructions: tuple[Instruction, ...]) -> Iterator[tuple[int, str, str]]:
