@@ -77,6 +77,7 @@ BEYOND = {
     "privileged": "is privileged, so that all of the machine is its own",
     "cap_add": "has capabilities beyond the engine's own",
     "pid": "sees the processes of the whole machine",
+    "image": "is made of an image, which the engine there would keep",
 }
 LOOSE = ("seccomp=unconfined", "systempaths=unconfined")
 OWN_ADDRESS = re.compile(r"127\.0\.0\.1:[0-9]{4,5}")

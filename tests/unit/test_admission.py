@@ -268,6 +268,7 @@ def test_a_profile_of_the_container_s_own_is_kept_as_a_service_s_is() -> None:
         ({"privileged": True}, "is privileged"),
         ({"cap_add": ["SYS_ADMIN"]}, "has capabilities beyond the engine's own"),
         ({"pid": "host"}, "sees the processes of the whole machine"),
+        ({"image": {"packages": ["nginx"]}}, "is made of an image, which the engine there would keep"),
         ({"security_opt": ["seccomp=unconfined"]}, "has seccomp=unconfined"),
         ({"security_opt": ["systempaths=unconfined"]}, "has systempaths=unconfined"),
         ({"network": "host"}, "attempt read-shadow runs a command in it"),
