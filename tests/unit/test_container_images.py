@@ -44,10 +44,10 @@ TREE = b"a root tree"
         ("registry.example.org/shop", "`skopeo inspect --format '{{.Digest}}' docker://registry.example.org/shop`"),
         ("nginx", "it names no registry, such as docker.io"),
         (f"library/nginx@sha256:{DIGEST}", "it names no registry"),
-        (f"docker.io/nginx:1@sha256:{DIGEST}", "a tag and a digest: expected the digest alone, without :1"),
-        ("docker.io/nginx@sha256:12ab", "its digest of 64 hexadecimal digits"),
-        (f"docker.io/nginx@sha256:{DIGEST.upper()}", "in lower case"),
-        (f"docker.io/--tls@sha256:{DIGEST}", "is no name of an image"),
+        (f"registry.example.org/nginx:1@sha256:{DIGEST}", "a tag and a digest: expected the digest alone, without :1"),
+        ("registry.example.org/nginx@sha256:12ab", "its digest of 64 hexadecimal digits"),
+        (f"registry.example.org/nginx@sha256:{DIGEST.upper()}", "in lower case"),
+        (f"registry.example.org/--tls@sha256:{DIGEST}", "is no name of an image"),
         (f"-x.y/nginx@sha256:{DIGEST}", "is no name of an image"),
     ],
 )
@@ -103,7 +103,7 @@ def load(folder: Path, image: str, files: dict[str, str] | None = None) -> Scena
     ("image", "words"),
     [
         ("{dockerfile: image/Dockerfile}", r"scenario.yaml:7: no such file: .*/mine/image/Dockerfile"),
-        ('{registry: "docker.io/nginx:1"}', r"scenario.yaml:7: subject.container.image.registry: .* is not pinned"),
+        ('{registry: "registry.example.org/nginx:1"}', r"scenario.yaml:7: subject.container.image.registry: .* is not pinned"),
         ("{packages: [nginx], tag: x}", r"scenario.yaml:7: subject.container.image.tag: unknown key"),
         ("{dockerfile: ../other/Dockerfile}", r"scenario.yaml:7: dockerfile: expected a file in the scenario's folder"),
     ],
