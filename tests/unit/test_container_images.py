@@ -103,7 +103,10 @@ def load(folder: Path, image: str, files: dict[str, str] | None = None) -> Scena
     ("image", "words"),
     [
         ("{dockerfile: image/Dockerfile}", r"scenario.yaml:7: no such file: .*/mine/image/Dockerfile"),
-        ('{registry: "registry.example.org/nginx:1"}', r"scenario.yaml:7: subject.container.image.registry: .* is not pinned"),
+        (
+            '{registry: "registry.example.org/nginx:1"}',
+            r"scenario.yaml:7: subject.container.image.registry: .* is not pinned",
+        ),
         ("{packages: [nginx], tag: x}", r"scenario.yaml:7: subject.container.image.tag: unknown key"),
         ("{dockerfile: ../other/Dockerfile}", r"scenario.yaml:7: dockerfile: expected a file in the scenario's folder"),
     ],
