@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lsmlab.container import install
 from lsmlab.container.spec import Container
 from lsmlab.errors import DefinitionError
-from lsmlab.scenario import Attempt, Scenario, Step
+from lsmlab.scenario import Attempt, Scenario, Step, read_file
 from lsmlab.terms import AttemptKind, Framework
 
 SCHEME, VAGRANT = "ssh:", "vagrant:"
@@ -80,7 +80,10 @@ BEYOND = {
     "image": "is made of an image, which the engine there would keep",
 }
 LOOSE = ("seccomp=unconfined", "systempaths=unconfined")
-OWN_ADDRESS = re.compile(r"127\.0\.0\.1:[0-9]{4,5}")
+SERVER = re.compile(r"httpd -f -p 127\.0\.0\.1:[0-9]{4,5} -h /[^\s]*")
+"""All that a container may run that has the machine's network: BusyBox's web server, for who is on the machine."""
+PROFILE_HEAD = re.compile(r"""^(?:profile[ \t]+\S+|[/@]\S+|"[^"]+").*\{[ \t]*(?:#.*)?$""", re.MULTILINE)
+"""The first line of a profile, which a file may have several of."""
 PLAIN_PATTERN = re.compile(r"[^\\.*+?\[\]{}^$]*")
 """A regular expression that matches some words and nothing else: it can show nothing of what leaked."""
 
@@ -103,6 +106,8 @@ class Changes:
     words: tuple[str, ...]
     new: tuple[str, ...] = ()
     """Paths that must not be there yet."""
+    given: tuple[str, ...] = ()
+    """Folders of the machine that containers are given to read, with nothing mounted below."""
     engine: bool = False
     """Containers are made."""
 
@@ -130,6 +135,8 @@ def changes_of(scenario: Scenario, framework: Framework, unit: str, program: str
         if attempt.canary is not None:
             paths.append(_allowed(scenario, attempt.canary.file))
             words.append(f"a line is added to {attempt.canary.file}")
+    if framework is Framework.APPARMOR:
+        _admit_profiles(scenario)
     if container is not None:
         return _with_containers(scenario, framework, unit, paths, words)
     mac = _mac(scenario, framework, program)
@@ -183,6 +190,7 @@ def _with_containers(
         subjects=(),
         words=tuple(dict.fromkeys(said)),
         new=new,
+        given=tuple(dict.fromkeys(path for path in given if not VOLUME.match(path))),
         engine=True,
     )
 
@@ -221,8 +229,8 @@ def _beyond(container: Container, commands: Sequence[str]) -> str:
         return ""
     if commands:
         return f"has the machine's network, and attempt {commands[0]} runs a command in it"
-    if not any(OWN_ADDRESS.fullmatch(word) for word in container.run):
-        return "has the machine's network, and no word of its `run` says that it serves 127.0.0.1:PORT alone"
+    if not SERVER.fullmatch(" ".join(container.run)):
+        return "has the machine's network, and its `run` is not [httpd, -f, -p, 127.0.0.1:PORT, -h, FOLDER]"
     return ""
 
 
@@ -233,7 +241,7 @@ def all_of(changes: Iterable[Changes]) -> Changes:
     def joined(name: str) -> tuple[str, ...]:
         return tuple(dict.fromkeys(value for one in found for value in getattr(one, name)))
 
-    parts = ("trees", "units", "profiles", "subjects", "words", "new")
+    parts = ("trees", "units", "profiles", "subjects", "words", "new", "given")
     return Changes(**{name: joined(name) for name in parts}, engine=any(one.engine for one in found))
 
 
@@ -266,6 +274,16 @@ def _against(spec: Attempt, *, inside: bool) -> str:
     if pattern is not None:
         return f"looks for {pattern!r}, which could match what leaked; plain words, and | between them, could not"
     return "" if spec.kind is AttemptKind.BENIGN or spec.canary is not None else "reads without a canary"
+
+
+def _admit_profiles(scenario: Scenario) -> None:
+    """A profile that is taken out and put back is gone from the processes that it confines: none but the subject's."""
+    if scenario.subject.container is not None and scenario.apparmor.shipped:
+        raise _refused(scenario, f"{scenario.apparmor.shipped[0]} confines others than its container")
+    for path in scenario.apparmor.profiles:
+        heads = len(PROFILE_HEAD.findall(read_file(path).decode("utf-8", "replace")))
+        if heads != 1:
+            raise _refused(scenario, f"{path.name} has to be one profile, the subject's; it seems to have {heads}")
 
 
 def _step(scenario: Scenario, number: int, step: Step, unit: str) -> tuple[list[str], str]:

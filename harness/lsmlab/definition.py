@@ -333,16 +333,17 @@ def digest_of(*parts: bytes | str) -> str:
     """SHA-256 over `parts`, each framed by its length so that no two lists collide; hexadecimal."""
     total = hashlib.sha256()
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
         total.update(len(data).to_bytes(8, "big") + data)
     return total.hexdigest()
 
 
 def files_below(folder: Path) -> list[bytes | str]:
-    """Of each file below `folder`, in order: its path there, what it is, and what is in it; for `digest_of`."""
+    """Of all below `folder`, in order: its path there, what it is, and what is in it; for `digest_of`."""
     parts: list[bytes | str] = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() or p.is_symlink()):
+    for path in sorted(folder.rglob("*")):
+        plain = path.is_file() and not path.is_symlink()
         # The owner's bits alone: a checkout has those of whoever cloned it elsewhere
-        kind = f"-> {path.readlink()}" if path.is_symlink() else f"{path.stat().st_mode & 0o700:o}"
-        parts += [str(path.relative_to(folder)), kind, b"" if path.is_symlink() else path.read_bytes()]
+        kind = f"-> {path.readlink()}" if path.is_symlink() else f"{path.stat().st_mode & 0o40700:o}"
+        parts += [str(path.relative_to(folder)), kind, path.read_bytes() if plain else b""]
     return parts

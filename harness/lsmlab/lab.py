@@ -215,8 +215,15 @@ def _no_selinux_policy(folder: Path) -> str:
         return "expected a folder like /etc/selinux/targeted; there is none"
     if policy_file(folder) is None:
         return "expected a compiled policy in it, policy/policy.NN, as /etc/selinux/targeted has; there is none"
+    leading_out = next((p for p in folder.rglob("*") if p.is_symlink() and _leads_out(p, folder)), None)
+    if leading_out is not None:
+        return f"{leading_out.relative_to(folder)} is a link that leads out of it: copy what it leads to"
     contexts = "contexts/files/file_contexts"
     return "" if (folder / contexts).is_file() else f"expected the labels of files in it, {contexts}; there are none"
+
+
+def _leads_out(link: Path, folder: Path) -> bool:
+    return link.readlink().is_absolute() or not link.resolve().is_relative_to(folder.resolve())
 
 
 def _no_profiles(folder: Path) -> str:

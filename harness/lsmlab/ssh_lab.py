@@ -161,6 +161,7 @@ def changes(found: Found, lab: Lab, cases: Iterable[Case]) -> Changes:
         unit, steps = plan.unit, (*plan.setup, *plan.after_start)
         planned = admission.changes_of(case.scenario, case.framework, unit, "", steps)  # before anything is asked
         if plan.container is not None:
+            _see_what_is_given(found, planned)
             contained.add(case.framework)
             every.append(planned)
             continue
@@ -175,6 +176,23 @@ def changes(found: Found, lab: Lab, cases: Iterable[Case]) -> Changes:
     if contained:
         kept.need(kept.look(found.channel), found.channel.name, contained)
     return admission.all_of(every)
+
+
+def _see_what_is_given(found: Found, planned: Changes) -> None:
+    """Raises DefinitionError where the engine would make a folder, or a container could write below one to read."""
+    listed = found.channel.run(["cat", "/proc/self/mountinfo"]).check().out.splitlines()
+    mounted = [line.split(" ")[4] for line in listed]
+    for path in planned.given:
+        real = found.channel.run(["readlink", "--canonicalize-existing", path])
+        if not real.ok:
+            raise DefinitionError(f"{found.channel.name}: a container is given {path}, and it is not there")
+        below = next((one for one in mounted if one.startswith(f"{real.out.strip()}/")), None)
+        if below is not None:
+            raise DefinitionError(
+                f"{found.channel.name}: a container is given {path} to read, and could write to {below}, which is "
+                "mounted below it",
+                hint="Run it in a guest that is thrown away: `--lab docker-debian-13`.",
+            )
 
 
 def need_leave(host: str, planned: Changes) -> DefinitionError:

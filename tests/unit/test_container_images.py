@@ -399,6 +399,9 @@ def test_a_tree_of_packages_is_of_the_labs_suite_and_says_its_versions(
     assert asked == [("trixie", ("nginx",), "essential"), ("bookworm", ("nginx",), "essential")]
     with pytest.raises(ImageError, match="needs a lab that is built of them"):
         ensure(ContainerImage(packages=("nginx",)), suite=None)
+    for name in ("nginx-", "mail-transport-agent"):  # "remove it" to apt, and a virtual one
+        with pytest.raises(ImageError, match=f"apt took {name}, and no package of that name was installed"):
+            ensure(ContainerImage(packages=(name, "nginx")))
 
 
 def test_the_cache_lists_them_and_prunes_what_is_damaged_or_all(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

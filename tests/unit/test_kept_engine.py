@@ -156,6 +156,7 @@ def test_the_engine_knows_the_runtime_for_the_run_alone(there: There, settings: 
         there.settings.write_text(json.dumps(settings))
         there.settings.chmod(0o600)
         there.runtimes |= others
+        there.settings.with_name("daemon.json.lsmlab-new").write_text("of a run that was killed")
     was = engine.look(there.about)
     assert was == {"containers": {}, "image": False, "runtime": False}
     set_up(there)
@@ -206,6 +207,16 @@ def test_settings_that_are_no_object_are_left_alone(there: There) -> None:
     with pytest.raises(Refused, match="is no JSON object"):
         set_up(there)
     assert there.settings.read_text() == "[]"
+
+
+@pytest.mark.parametrize("named", ["image", "runtime"])
+def test_what_somebody_called_as_we_do_meanwhile_is_not_taken(there: There, tmp_path: Path, named: str) -> None:
+    there.settings.parent.mkdir()
+    {"image": there.images, "runtime": there.runtimes}[named].add("lsmlab")
+    journal = undo.Journal(str(tmp_path / "journal"))
+    with pytest.raises(agent.Refused, match="has an image or a runtime called lsmlab already"):
+        journal.begin("x", [str(there.settings.parent)], [], (), there.about)
+    assert "lsmlab" in {"image": there.images, "runtime": there.runtimes}[named]
 
 
 def test_the_journal_undoes_the_engine_also_after_a_kill(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -175,6 +176,32 @@ def test_a_service_that_is_not_there_is_said(reach: Reach) -> None:
     with pytest.raises(DefinitionError, match=r"web1: nginx\.service: systemd knows no program") as caught:
         ssh_lab.changes(found, lab, run.cases([FLAGSHIP], lab, unconfined=True))
     assert "Install there" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("there", "mounts", "problem"),
+    [
+        (True, "/ /proc /etcetera", None),
+        (False, "/", "a container is given /etc, and it is not there"),
+        (True, "/ /etc/ssl", "is given /etc to read, and could write to /etc/ssl, which is mounted below it"),
+    ],
+)
+def test_what_a_container_is_given_has_to_be_there_with_nothing_mounted_below(
+    reach: Reach, there: bool, mounts: str, problem: str | None
+) -> None:
+    lines = "".join(f"30 1 254:0 / {mount} rw - ext4 /dev/vda rw\n" for mount in mounts.split())
+    found = reach(
+        Machine(
+            ("cat /proc/self/mountinfo", said(lines)),
+            ("readlink --canonicalize-existing /etc", said("/etc\n" if there else "", code=int(not there))),
+        )
+    )
+    planned = dataclasses.replace(CHANGES, given=("/etc",))
+    if problem is None:
+        ssh_lab._see_what_is_given(found, planned)
+        return
+    with pytest.raises(DefinitionError, match=problem):
+        ssh_lab._see_what_is_given(found, planned)
 
 
 # The machine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -107,6 +108,26 @@ def test_the_recipe_knows_what_is_in_the_folders_and_not_where_they_lie(tmp_path
     assert changed != digest
     (two / "policy" / "contexts" / "files" / "more").touch()
     assert build.recipe_digest(load(two, BOTH)) not in {digest, changed}
+
+
+def test_folders_count_as_well_and_names_need_not_be_text(tmp_path: Path) -> None:
+    put(tmp_path)
+    digest = build.recipe_digest(load(tmp_path, BOTH))
+    (tmp_path / "profiles" / "abstractions").mkdir()  # it takes the place of the distribution's
+    with_folder = build.recipe_digest(load(tmp_path, BOTH))
+    assert with_folder != digest
+    (tmp_path / "profiles" / os.fsdecode(b"a\xff")).touch()
+    assert build.recipe_digest(load(tmp_path, BOTH)) not in {digest, with_folder}
+
+
+@pytest.mark.parametrize("target", ["/etc/hostname", "../../other.yaml", "../../../elsewhere"])
+def test_a_link_that_leads_out_of_a_policy_is_refused(tmp_path: Path, target: str) -> None:
+    put(tmp_path)
+    (tmp_path / "policy" / "contexts" / "files" / "inside").symlink_to("file_contexts")
+    load(tmp_path, BOTH)
+    (tmp_path / "policy" / "contexts" / "more").symlink_to(target)
+    with pytest.raises(DefinitionError, match=r"other.yaml:12: .*contexts/more is a link that leads out of it"):
+        load(tmp_path, BOTH)
 
 
 RULES = "(allow a b (file (read)))\n"

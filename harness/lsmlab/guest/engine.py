@@ -195,7 +195,10 @@ def _know(about: About, runtime: str) -> None:
     found["runtimes"] = {**others, **({about["runtime"]: {"path": runtime}} if runtime else {})}
     os.makedirs(os.path.dirname(settings), exist_ok=True)
     draft = f"{settings}.lsmlab-new"
-    with open(draft, "w", encoding="utf-8") as target:  # by a rename: an engine that starts finds it whole
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(draft)  # of a run that was killed
+    fresh = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fresh, "w", encoding="utf-8") as target:  # by a rename: an engine that starts finds it whole
         json.dump(found, target, indent=4)
         target.flush()
         os.fsync(target.fileno())

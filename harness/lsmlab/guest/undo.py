@@ -162,6 +162,12 @@ class Journal:
             "single": [path for path in single if not path.startswith(TRANSIENT)], "engine": container_engine,
         }  # fmt: skip
         base = self._kept(units, policy=True)
+        if container_engine is not None:
+            there = engine.look(container_engine)
+            if there["image"] or there["runtime"] or there["containers"]:
+                raise Refused(
+                    f"the container engine has an image or a runtime called {container_engine['image']} already"
+                )
         lost = kernel.not_kept(base["apparmor"], profiles)
         if lost:
             raise Refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import json
 import secrets
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lsmlab import cache, paths
 from lsmlab.definition import digest_of, files_below
 from lsmlab.errors import ImageError
-from lsmlab.image import cloud, debian
+from lsmlab.image import cloud, debian, policy
 from lsmlab.lab import Lab
 from lsmlab.machine.hardware import Network
 from lsmlab.progress import Progress
@@ -98,6 +99,8 @@ def recipe_digest(lab: Lab) -> str:
     if lab.image is not None:
         for folder in lab.image.elsewhere.values():
             parts += files_below(folder)
+        if lab.image.selinux_policy is not None:  # what of its dump is compiled again
+            parts.append(inspect.getsource(policy.decisions))
     return digest_of(*parts, *debian.EXCLUDED)
 
 

@@ -196,6 +196,12 @@ def _versions(archive: Path, asked: tuple[str, ...]) -> dict[str, str]:
         fields = dict(line.partition(": ")[::2] for line in paragraph.splitlines() if line[:1].strip())
         if fields.get("Package") in asked:
             found[fields["Package"]] = fields.get("Version", "")
+    lacking = [name for name in asked if name not in found]
+    if lacking:
+        raise ImageError(
+            f"apt took {lacking[0]}, and no package of that name was installed",
+            hint="Name each package itself: no virtual one, and nothing that apt reads as an order.",
+        )
     return found
 
 
