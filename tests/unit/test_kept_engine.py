@@ -210,7 +210,12 @@ def test_settings_that_are_no_object_are_left_alone(there: There) -> None:
 
 
 @pytest.mark.parametrize("named", ["image", "runtime"])
-def test_what_somebody_called_as_we_do_meanwhile_is_not_taken(there: There, tmp_path: Path, named: str) -> None:
+def test_what_somebody_called_as_we_do_meanwhile_is_not_taken(
+    there: There, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    monkeypatch.setattr(kernel, "SELINUX", str(tmp_path / "no"))
+    monkeypatch.setattr(kernel, "APPARMOR", str(tmp_path / "no"))
+    monkeypatch.setattr(kernel, "audit_rules", list)
     there.settings.parent.mkdir()
     {"image": there.images, "runtime": there.runtimes}[named].add("lsmlab")
     journal = undo.Journal(str(tmp_path / "journal"))
