@@ -158,10 +158,9 @@ def _deliver(channel: Channel, arm: Arm, made: Made, tell: Tell) -> None:
     from lsmlab.container import delivery  # noqa: PLC0415 - as below
 
     image = made.image
-    reference = image.registry or (image.base.registry if image.base is not None else None)
-    if made.archive is not None and reference is not None:
+    if made.archive is not None and image.fetched is not None:
         name = image.name if image.registry is not None else f"{BASE}:latest"
-        delivery.load(channel, made.archive.file, image_for_containers.loaded_name(reference), (name,), tell)
+        delivery.load(channel, made.archive.file, image_for_containers.loaded_name(image.fetched), (name,), tell)
     elif made.archive is not None:
         delivery.import_tree(channel, made.archive.file, image.name, tell)
     if made.context is not None:

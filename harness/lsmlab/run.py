@@ -137,10 +137,8 @@ def _run_boot(bench: Workbench, scenario: Scenario, arms: Sequence[Arm]) -> dict
     records: dict[Arm, ArmRecord] = {}
     start = time.monotonic()
     try:
-        with (
-            prepare.with_images(
-                plan, scenario, bench.lab, bench.progress, task
-            ) as plan,  # first: no guest waits for it
+        with (  # images first: no guest waits for them
+            prepare.with_images(plan, scenario, bench.lab, bench.progress, task) as plan,
             bench.guest(kernel, task) as machine,
         ):
             bench.progress.step(task, "set-up: policy, files, users")

@@ -161,7 +161,6 @@ def changes(found: Found, lab: Lab, cases: Iterable[Case]) -> Changes:
         unit, steps = plan.unit, (*plan.setup, *plan.after_start)
         planned = admission.changes_of(case.scenario, case.framework, unit, "", steps)  # before anything is asked
         if plan.container is not None:
-            _see_what_is_given(found, planned)
             contained.add(case.framework)
             every.append(planned)
             continue
@@ -173,9 +172,11 @@ def changes(found: Found, lab: Lab, cases: Iterable[Case]) -> Changes:
                 hint=f"Install there what scenario {case.scenario.id} attacks, {case.scenario.subject.name}.",
             ) from None
         every.append(admission.changes_of(case.scenario, case.framework, unit, program, steps))
+    together = admission.all_of(every)
     if contained:
+        _see_what_is_given(found, together)
         kept.need(kept.look(found.channel), found.channel.name, contained)
-    return admission.all_of(every)
+    return together
 
 
 def _see_what_is_given(found: Found, planned: Changes) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from entries import Notes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +23,6 @@ from lsmlab.container import context, delivery, engine, install, spec
 from lsmlab.container.spec import Container, ContainerImage
 from lsmlab.errors import DamagedError, DefinitionError, DownloadError, EngineError, HostError, ImageError
 from lsmlab.image import container, debian, step
-from lsmlab.progress import Silent
 from lsmlab.scenario import Scenario
 from lsmlab.terms import Arm
 
@@ -267,25 +267,13 @@ def skopeo(monkeypatch: pytest.MonkeyPatch, do: Do | None = None) -> list[list[s
     return asked
 
 
-class Told(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.steps: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def step(self, task: str, text: str) -> None:
-        self.steps.append(text)
-
-
-def ensure(image: ContainerImage, told: Told | None = None, suite: str | None = "trixie") -> container.Made:
+def ensure(image: ContainerImage, told: Notes | None = None, suite: str | None = "trixie") -> container.Made:
     with contextlib.ExitStack() as uses:
-        return container.ensure(image, suite, told or Told(), "task", uses)
+        return container.ensure(image, suite, told or Notes(), "task", uses)
 
 
 def test_an_image_is_fetched_once_for_linux_on_amd64(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, told = skopeo(monkeypatch), Told()
+    asked, told = skopeo(monkeypatch), Notes()
     made = ensure(ContainerImage(registry=REFERENCE), told)
     (argv,) = asked
     words = " ".join(argv)
@@ -307,7 +295,7 @@ def test_a_registry_on_this_machine_may_speak_plain_http(home: Path, monkeypatch
 
 
 def test_a_cached_image_that_is_damaged_is_made_anew(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, told = skopeo(monkeypatch), Told()
+    asked, told = skopeo(monkeypatch), Notes()
     made = ensure(ContainerImage(registry=REFERENCE))
     assert made.archive is not None
     made.archive.file.write_bytes(TREE[:-1] + b"x")

@@ -138,6 +138,14 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[There]:
     made.fake.close()
 
 
+@pytest.fixture
+def no_frameworks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose kernel has none, and no audit rules: this one's are nothing to a test."""
+    monkeypatch.setattr(kernel, "SELINUX", str(tmp_path / "no"))
+    monkeypatch.setattr(kernel, "APPARMOR", str(tmp_path / "no"))
+    monkeypatch.setattr(kernel, "audit_rules", list)
+
+
 def set_up(there: There) -> None:
     script = {"path": str(there.folder / "runtime"), "script": "#!/bin/sh\n"}
     engine.set_up(there.about, script, "/bin/sh", str(there.folder / "vehicle"))
@@ -211,11 +219,8 @@ def test_settings_that_are_no_object_are_left_alone(there: There) -> None:
 
 @pytest.mark.parametrize("named", ["image", "runtime"])
 def test_what_somebody_called_as_we_do_meanwhile_is_not_taken(
-    there: There, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+    there: There, no_frameworks: None, tmp_path: Path, named: str
 ) -> None:
-    monkeypatch.setattr(kernel, "SELINUX", str(tmp_path / "no"))
-    monkeypatch.setattr(kernel, "APPARMOR", str(tmp_path / "no"))
-    monkeypatch.setattr(kernel, "audit_rules", list)
     there.settings.parent.mkdir()
     {"image": there.images, "runtime": there.runtimes}[named].add("lsmlab")
     journal = undo.Journal(str(tmp_path / "journal"))
@@ -224,12 +229,7 @@ def test_what_somebody_called_as_we_do_meanwhile_is_not_taken(
     assert "lsmlab" in {"image": there.images, "runtime": there.runtimes}[named]
 
 
-def test_the_journal_undoes_the_engine_also_after_a_kill(
-    there: There, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernel, "SELINUX", str(tmp_path / "no"))
-    monkeypatch.setattr(kernel, "APPARMOR", str(tmp_path / "no"))
-    monkeypatch.setattr(kernel, "audit_rules", list)
+def test_the_journal_undoes_the_engine_also_after_a_kill(there: There, no_frameworks: None, tmp_path: Path) -> None:
     there.settings.parent.mkdir()
     there.settings.write_text('{"debug": true}')
     os.utime(there.settings, ns=(1, 10**18))
@@ -253,12 +253,7 @@ def test_the_journal_undoes_the_engine_also_after_a_kill(
     assert not (tmp_path / "journal").exists() and again.engine_word == ""
 
 
-def test_what_the_engine_still_has_keeps_the_journal(
-    there: There, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernel, "SELINUX", str(tmp_path / "no"))
-    monkeypatch.setattr(kernel, "APPARMOR", str(tmp_path / "no"))
-    monkeypatch.setattr(kernel, "audit_rules", list)
+def test_what_the_engine_still_has_keeps_the_journal(there: There, no_frameworks: None, tmp_path: Path) -> None:
     there.settings.parent.mkdir()
     journal = undo.Journal(str(tmp_path / "journal"))
     journal.begin("x", [str(there.settings.parent)], [], (), there.about)

@@ -104,6 +104,11 @@ class ContainerImage(Strict):
         return self
 
     @property
+    def fetched(self) -> str | None:
+        """The registry's image that it is, or is built on."""
+        return self.registry or (self.base.registry if self.base is not None else None)
+
+    @property
     def name(self) -> str:
         """What the engine in the guest calls it."""
         return f"lsmlab-image:{digest_of(self.model_dump_json())[:16]}"

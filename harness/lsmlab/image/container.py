@@ -100,10 +100,7 @@ def ensure(image: ContainerImage, suite: str | None, progress: Progress, task: s
     """
     if image.packages is not None:
         return Made(image, _packages(image.packages, suite, progress, task, uses), None)
-    archive = None
-    reference = image.registry or (image.base.registry if image.base else None)
-    if reference is not None:
-        archive = _registry(reference, progress, task, uses)
+    archive = _registry(image.fetched, progress, task, uses) if image.fetched is not None else None
     built = context.read(image.dockerfile, has_base=image.base is not None) if image.dockerfile is not None else None
     return Made(image, archive, built)
 

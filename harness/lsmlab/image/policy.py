@@ -87,7 +87,8 @@ def prove_same_decisions(shipped: str, audited: str, *, any_silent: bool = True)
         raise ImageError("the policies compared hold no dontaudit or no allow rules: nothing was proved")
     if "(dontaudit" in audited:
         raise ImageError(f"{audited.count('(dontaudit')} dontaudit rules are left in the policy that should have none")
-    left, right = _without_idle_attributes(decisions(shipped), decisions(audited)), decisions(audited).splitlines()
+    decided = decisions(audited)
+    left, right = _without_idle_attributes(decisions(shipped), decided), decided.splitlines()
     if left != right:
         pairs = itertools.zip_longest(left, right, fillvalue="nothing")
         different = next(pair for pair in pairs if pair[0] != pair[1])
