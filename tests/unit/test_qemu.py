@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 import subprocess
 import threading
@@ -73,6 +74,18 @@ def test_a_guest_whose_connection_closed_does_not_run_though_its_process_is_not_
             time.sleep(0.01)
             running.append(machine.running)
         assert (running[0], running[-1], process.poll()) == (True, False, None)
+
+
+def test_a_guest_leaves_no_logger_of_its_own_in_the_process() -> None:
+    with contextlib.ExitStack() as held:
+        (ours, its), (agent, _) = (map(held.enter_context, socket.socketpair()) for _ in range(2))
+        process = subprocess.Popen(["sleep", "61"], stderr=subprocess.PIPE)
+        before = set(logging.root.manager.loggerDict)
+        machine = QemuMachine("a-logger-of-its-own", process, ours, AgentChannel(agent, "a-logger-of-its-own"))
+        held.callback(machine.stop)
+        threading.Thread(target=greet, args=(its,), daemon=True).start()
+        machine._attach()
+        assert set(logging.root.manager.loggerDict) == before
 
 
 def greet(monitor: socket.socket) -> None:

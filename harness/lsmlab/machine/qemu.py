@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import secrets
@@ -46,6 +47,10 @@ SSH_AGAIN_SECONDS = 60.0
 CONSOLE_BYTES = 1 << 16
 """The console's ring buffer lies in QEMU: a guest that floods it costs nothing. A power of two."""
 
+SILENT = logging.getLogger("lsmlab.qmp")
+"""What the library of QMP logs to. Given a name for each guest, it would leave a logger for each in the process."""
+SILENT.disabled = True
+
 SEED_SET = 9
 """The number of the seed's set of descriptors; those of the disk's layers are counted from 0."""
 
@@ -64,8 +69,8 @@ class QemuMachine:
         self._qmp_socket = qmp
         self._agent = agent
         self._access: Access | None = None
-        self._client = QMPClient(f"qemu-{name}")
-        self._client.logger.disabled = True
+        self._client = QMPClient()
+        self._client.logger = SILENT
         self._console_text = ""
         self.terminal_socket: socket.socket | None = None
 
