@@ -7,7 +7,9 @@ Paths inside a file are relative to that file, also after merging.
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 import hashlib
 import io
 import json
@@ -98,6 +100,13 @@ def read_raw(path: Path) -> RawDefinition:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DefinitionError(f"{path}: not UTF-8 text at byte {error.start}") from error
+    parsed = _parsed(path, text)
+    return RawDefinition(copy.deepcopy(parsed.data), dict(parsed.origins))
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(path: Path, text: str) -> RawDefinition:
+    """What `read_raw` gives copies of: a base is parsed once, however many build on it."""
     try:
         # Nodes, not objects: each has its line, and no tag can make anything but plain data
         document = YAML(typ="safe", pure=True).compose(io.StringIO(text))

@@ -28,6 +28,7 @@ mkdir -p $tree/boot/grub/i386-pc $tree/boot/loader/entries
 cp $tree/usr/lib/grub/i386-pc/*.mod $tree/boot/grub/i386-pc/
 printf 'title Linux\nversion %s\nlinux /boot/vmlinuz-%s\ninitrd /boot/initrd.img-%s\noptions %s\n' \
     "$release" "$release" "$release" "$arguments" > "$tree/boot/loader/entries/linux-$release.conf"
+# Debian's GRUB reads no BLS entries, such as the one above: its menu says the same
 cat > $tree/boot/grub/grub.cfg << GRUB
 set timeout=0
 menuentry Linux {

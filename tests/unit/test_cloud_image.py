@@ -11,7 +11,7 @@ from typing import Any
 
 import pycdlib
 import pytest
-from entries import put
+from entries import Notes, put
 from test_signed import needs_gpg
 
 import standin
@@ -146,6 +146,19 @@ def test_a_file_that_is_here_is_verified_as_well(address: str, folder: Path, tmp
     made = standin_lab(address, tmp_path, checksums=None, sha256="0" * 64)
     with pytest.raises(DamagedError, match=r"ubuntu-shaped\.qcow2: its SHA-256 is"):
         build.ensure(made, Silent(), accelerator="tcg", file=folder / "ubuntu-shaped.qcow2")
+
+
+def test_a_file_that_is_not_used_since_the_image_is_there_is_said(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, there, said = standin_lab(address, tmp_path), object(), Notes()
+    monkeypatch.setattr(build, "_cached", lambda *_: there)
+    assert build.ensure(made, said, file=Path("resolute.img")) is there
+    (note,) = said.notes
+    assert "resolute.img is not used: the image of standin is there already" in note
+    assert "`lsmlab images build standin --rebuild --image resolute.img`" in note
+    assert build.ensure(made, said) is there
+    assert len(said.notes) == 1
 
 
 # What doctor says of it

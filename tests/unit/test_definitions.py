@@ -121,6 +121,22 @@ def test_debian_12_extends_debian_13() -> None:
     assert old.service("nginx").unit == "nginx.service"
 
 
+def test_a_file_is_parsed_once_and_each_reader_has_its_own(tmp_path: Path) -> None:
+    definition._parsed.cache_clear()
+    loaded = load_scenarios(discovery.scenarios().ids)
+    assert definition._parsed.cache_info().misses <= len(loaded) < definition._parsed.cache_info().hits
+    file = tmp_path / "s.yaml"
+    file.write_text("kind: x\nwords: [a]\n")
+    first = definition.read_raw(file)
+    first.data["words"].append("b")
+    first.origins.clear()
+    second = definition.read_raw(file)
+    assert second.data == {"kind": "x", "words": ["a"]}
+    assert second.origins["words", 0].line == 2
+    file.write_text("kind: x\n\nwords: [c]\n")
+    assert definition.read_raw(file).data["words"] == ["c"]
+
+
 def test_every_scenario_of_the_library_loads() -> None:
     found = discovery.scenarios()
     loaded = load_scenarios(found.ids)

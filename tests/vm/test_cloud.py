@@ -84,14 +84,19 @@ def test_an_image_that_lets_nobody_in_shows_its_console(
     from lsmlab.lab import load  # noqa: PLC0415
     from lsmlab.progress import Silent  # noqa: PLC0415
 
-    _, address, signer = published
+    folder, address, signer = published
     monkeypatch.setenv("LSMLAB_HOME", str(tmp_path / "home"))
     monkeypatch.setitem(cloud.FIRST_BOOT_SECONDS, "tcg", 20.0)
     (tmp_path / "key.asc").write_bytes(signer.public)
     (tmp_path / "standin.yaml").write_text(standin.lab_file(UBUNTU, address, tmp_path / "key.asc", "standin"))
     with pytest.raises(MachineError) as caught:
-        build.ensure(load(tmp_path / "standin.yaml", lambda _: None), Silent(), accelerator="tcg")
+        build.ensure(
+            load(tmp_path / "standin.yaml", lambda _: None), Silent(), accelerator="tcg",
+            file=folder / f"{UBUNTU.name}.qcow2",
+        )  # fmt: skip
     assert "its sshd let nobody in within 20 s" in str(caught.value)
     assert "last lines of its console" in str(caught.value)
     assert "Linux version" in str(caught.value) or "systemd" in str(caught.value) or "[    " in str(caught.value)
-    assert list((tmp_path / "home").rglob("*.qcow2")) == []
+    assert list((tmp_path / "home").rglob("*.qcow2")) == [], (
+        "neither a half-made image nor a download: the file was here"
+    )

@@ -15,6 +15,7 @@ import pytest
 from command import environment, lsmlab
 
 from lsmlab import host
+from standin import served
 
 pytestmark = pytest.mark.lsmlab_vm
 
@@ -86,13 +87,14 @@ def test_an_ordinary_user_without_tools_runs_the_flagship_from_an_exported_image
     wrong = ordinary(home, "images", "import", str(file), "--sha256", "0" * 64)
     assert (wrong.returncode, digest in wrong.stderr) == (3, True), wrong.stderr
 
-    imported = ordinary(home, "images", "import", str(file), "--sha256", digest)
+    with served(home) as address:
+        imported = ordinary(home, "images", "import", f"{address}/{file.name}", "--sha256", digest)
     assert (imported.returncode, imported.stdout.split()[0]) == (0, "debian-13"), imported.stderr
     doctor = ordinary(home, "doctor")
     assert (doctor.returncode, "Ready: lsmlab can run here." in doctor.stdout) == (0, True), doctor.stdout
-    run = ordinary(home, "run", "nginx-reads-shadow", "-f", "apparmor", "--json", "-")
+    run = ordinary(home, "run", "nginx-reads-shadow", "--json", "-")
     assert run.returncode == 0, run.stderr
-    (outcome,) = json.loads(run.stdout)["outcomes"]
-    assert outcome["verdict"] == "CONTAINED"
+    outcomes = json.loads(run.stdout)["outcomes"]
+    assert [(o["framework"], o["verdict"]) for o in outcomes] == [("selinux", "CONTAINED"), ("apparmor", "CONTAINED")]
     owners = {path.stat().st_uid for path in (home / ".cache").rglob("*")}
     assert owners == {UID if os.geteuid() == 0 else os.geteuid()}

@@ -186,6 +186,11 @@ def ensure(
         cache.lock(lock_of(lab), waiting=lambda: progress.step(task, "another run is building this image; waiting")),
     ):
         image = None if rebuild else _cached(lab, task, progress, held)
+        if image is not None and file is not None:
+            progress.note(
+                f"{file} is not used: the image of {lab.id} is there already. To make it anew from that file: "
+                f"`lsmlab images build {lab.id} --rebuild --image {file}`."
+            )
         if image is None:
             folder = folder_of(lab, secrets.token_hex(3))
             held.enter_context(cache.use(folder))  # before it is there: nobody removes it in between
