@@ -7,11 +7,9 @@ import io
 import json
 import re
 import socketserver
-import struct
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +20,15 @@ from docker.constants import DEFAULT_DOCKER_API_VERSION
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fake_engine import AgentChannel, Answer, FakeEngine, frame
 from fakes import IMAGE as IMAGE_OF_NONE
-from fakes import ScriptedChannel, said
+from fakes import said
 from lsmlab import attempt, discovery, facts, prepare, run, verdict
 from lsmlab.channel.base import CommandResult
 from lsmlab.container import engine, install, transport
 from lsmlab.container.engine import Engine, Running, demultiplexed, options
 from lsmlab.container.spec import Container
-from lsmlab.errors import ChannelError, DefinitionError, EngineError, FrameworkError
+from lsmlab.errors import DefinitionError, EngineError, FrameworkError
 from lsmlab.guest import agent
 from lsmlab.scenario import Scenario
 from lsmlab.terms import Arm, Framework, SourceState
@@ -41,74 +40,12 @@ SELINUX, APPARMOR = Framework.SELINUX, Framework.APPARMOR
 ENFORCE = Arm.APPARMOR_ENFORCE
 UNCONFINED = Arm.APPARMOR_UNCONFINED
 Answered = CommandResult | Exception | Callable[[tuple[str, ...]], CommandResult]
-Answer = tuple[int, Any]
-Routes = dict[str, Answer | Callable[[dict[str, Any]], Answer]]
-
-
-class AgentChannel(ScriptedChannel):
-    """A channel to the real agent's `exchange`, in this process."""
-
-    def ask(self, operation: str, *, within: float = 30, **arguments: Any) -> Any:
-        if operation != "exchange":
-            return super().ask(operation, within=within, **arguments)
-        try:
-            return json.loads(json.dumps(agent.exchange(**arguments)))
-        except OSError as error:  # as the agent's `_reply` does
-            raise ChannelError(f"guest: exchange: {error}") from error
-
-
-class FakeEngine:
-    """An HTTP server on a Unix socket: answers by method and path, and keeps what it was sent."""
-
-    def __init__(self, path: Path, routes: Routes) -> None:
-        self.path, self.routes = str(path), routes
-        self.asked: list[tuple[str, Any]] = []
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def answer(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                line = f"{self.command} {re.sub(r'^/v[0-9.]+', '', self.path.partition('?')[0])}"
-                given: Any = (
-                    json.loads(body) if self.headers.get_content_type() == "application/json" and body else body
-                )
-                fake.asked.append((line, given))
-                found = fake.routes.get(line, (404, {"message": f"no such thing: {line}"}))
-                status, said = found(given) if callable(found) else found
-                data = said if isinstance(said, bytes) else json.dumps(said).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/octet-stream" if said is data else "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            do_GET = do_POST = do_DELETE = answer  # noqa: N815 - the names are http.server's
-
-            def log_message(self, *_: Any) -> None: ...
-
-        self._server = socketserver.ThreadingUnixStreamServer(self.path, Handler)
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def sent(self, line: str) -> Any:
-        """The one body that was sent to `line`."""
-        (body,) = [body for asked, body in self.asked if asked == line]
-        return body
 
 
 VERSION: Answer = (200, {"ApiVersion": "1.45", "Version": "26.1.5"})
 INFO: Answer = (200, {"SecurityOptions": ["name=apparmor", "name=seccomp,profile=builtin"]})
 RUNS: Answer = (200, {"Id": "c1", "State": {"Running": True}, "Config": {"Tty": False}})
 ENDED: Answer = (200, {"Id": "c1", "State": {"Running": False, "ExitCode": 3}, "Config": {"Tty": False}})
-
-
-def frame(stream: int, data: bytes) -> bytes:
-    return struct.pack(">BxxxI", stream, len(data)) + data
 
 
 @pytest.fixture

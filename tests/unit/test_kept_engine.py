@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from builders import AUID, audit_state, exec_record, mode, run_attempt, subject, user_record, wire
-from test_containers import APPARMOR, ENFORCE, SELINUX, FakeEngine, frame
+from test_containers import APPARMOR, ENFORCE, SELINUX
 
+from fake_engine import FakeEngine, frame
 from fakes import ScriptedChannel
 from lsmlab import attempt, facts
 from lsmlab.channel.base import Channel
