@@ -18,15 +18,20 @@ from sabotage import Role, Sabotage, Suite
 
 pytestmark = [pytest.mark.lsmlab_vm, pytest.mark.sabotage]
 
+
+def _is_slow(case: Sabotage, number: int, framework: Framework) -> bool:
+    """`make test` breaks each thing under one framework, by turns, on one lab; `make test-all` under both, on both."""
+    return case.lab != discovery.DEFAULT_LAB or (len(case.frameworks) > 1 and framework is case.frameworks[number % 2])
+
+
 PAIRS = [
     pytest.param(
         case, framework, id=f"{case.id}-{framework}",
-        marks=pytest.mark.slow if len(case.frameworks) > 1 and framework is case.frameworks[number % 2] else (),
+        marks=pytest.mark.slow if _is_slow(case, number, framework) else (),
     )
     for number, case in enumerate(CASES)
     for framework in case.frameworks
 ]  # fmt: skip
-"""`make test` breaks each thing under one framework, by turns; `make test-all` under both."""
 
 
 @pytest.fixture(scope="module")

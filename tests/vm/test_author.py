@@ -17,7 +17,7 @@ from command import REPO, environment, outcomes
 pytestmark = pytest.mark.lsmlab_vm
 
 PAGE = (REPO / "docs" / "write-a-scenario.md").read_text("utf-8")
-LABS = ["debian-13", "debian-12"]
+LABS = ["debian-13", pytest.param("debian-12", marks=pytest.mark.slow)]
 
 
 def lsmlab(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -101,7 +101,7 @@ def test_what_the_labs_own_tools_refuse_is_told_with_file_and_line(lab: str, tmp
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("lab", ["debian-13", pytest.param("debian-12", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lab", LABS)
 def test_every_policy_of_the_library_compiles(lab: str) -> None:
     """And every type, boolean and profile that a scenario names is there. A run takes what was compiled here."""
     build_image(lab)

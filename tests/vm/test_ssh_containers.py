@@ -25,7 +25,7 @@ from lsmlab.container import install
 from lsmlab.progress import Silent
 from lsmlab.terms import Framework, Kernel
 
-pytestmark = [pytest.mark.lsmlab_vm, pytest.mark.ssh, pytest.mark.container]
+pytestmark = [pytest.mark.lsmlab_vm, pytest.mark.ssh, pytest.mark.container, pytest.mark.slow]
 
 SCENARIO = "container-reads-host-shadow"
 VERDICTS = {Framework.SELINUX: "CONTAINED", Framework.APPARMOR: "NOT_CONTAINED"}
@@ -143,12 +143,7 @@ def like_others(bench: Bench, framework: Framework, home: Path) -> Iterator[tupl
         yield there, f"root@127.0.0.1:{port}"
 
 
-BOTH = pytest.mark.parametrize(
-    "framework", [Framework.SELINUX, pytest.param(Framework.APPARMOR, marks=pytest.mark.slow)]
-)
-
-
-@BOTH
+@pytest.mark.parametrize("framework", list(Framework))
 def test_a_container_on_an_engine_that_is_there(bench: Bench, framework: Framework, tmp_path: Path) -> None:
     with like_others(bench, framework, tmp_path) as (there, host):
         before = look(there)
@@ -174,7 +169,6 @@ OTHERS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("framework", list(Framework))
 def test_the_others_that_are_admitted_are_as_in_a_guest(bench: Bench, framework: Framework, tmp_path: Path) -> None:
     names = [name for name, expected in OTHERS.items() if framework.value in expected]
@@ -190,7 +184,6 @@ def test_the_others_that_are_admitted_are_as_in_a_guest(bench: Bench, framework:
         }  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("framework", list(Framework))
 def test_a_killed_run_leaves_what_an_undo_removes(bench: Bench, framework: Framework, tmp_path: Path) -> None:
     with like_others(bench, framework, tmp_path) as (there, host):
