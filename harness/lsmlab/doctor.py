@@ -46,8 +46,11 @@ class Finding:
 
 def examine(lab: Lab) -> list[Finding]:
     """Every finding for running `lab` here, in the order a run needs them. Never raises LsmlabError."""
+    system = _system()
+    if not system.ok:
+        return [system]  # the rest can be looked at on Linux alone
     builds = build.find(lab) is None
-    findings = [_program(*entry) for entry in TO_RUN]
+    findings = [system, *(_program(*entry) for entry in TO_RUN)]
     findings += [_program(*entry, needed=builds) for entry in _to_make(lab)]
     if os.geteuid() != 0 and lab.image is not None:
         findings.append(_program("newuidmap", "", "builds images without root", needed=builds))
@@ -62,6 +65,8 @@ def examine(lab: Lab) -> list[Finding]:
 
 def lacking(lab: Lab) -> list[str]:
     """What this machine lacks to run `lab`, in few words each; empty where it can. Starts no program."""
+    if not _system().ok:
+        return ["Linux"]
     names = [name for name, _, _ in TO_RUN]
     if build.find(lab) is None:
         names += [name for name, _, _ in _to_make(lab)]
@@ -79,6 +84,15 @@ def lacking(lab: Lab) -> list[str]:
 def _to_make(lab: Lab) -> tuple[tuple[str, str, str], ...]:
     """The programs that make the lab's image."""
     return TO_BUILD if lab.image is not None else TO_PREPARE
+
+
+def _system() -> Finding:
+    found = host.system()
+    try:
+        host.need_linux()
+    except LsmlabError as error:
+        return Finding("system", ok=False, needed=True, found=error.message, advice=error.hint)
+    return Finding("system", ok=True, needed=True, found=f"{found.name}, {found.kernel}")
 
 
 def _program(name: str, flag: str, purpose: str, *, needed: bool = True) -> Finding:

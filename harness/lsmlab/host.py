@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lsmlab.errors import HostError
@@ -30,6 +31,12 @@ PACKAGES = {
 }
 """The Debian package that brings each program we use."""
 
+OTHER_SYSTEMS = {
+    "Darwin": ("macOS", "Run it in a Linux virtual machine on this Mac"),
+    "Windows": ("Windows", "Run it in WSL 2 (`wsl --install`), or in a Linux virtual machine"),
+}
+"""What platform.system() says, what people call it, and what to do there."""
+
 PASSING_UIDS = range(61184, 65520)
 """Ids of users that no account has: systemd's for services that come and go (https://systemd.io/UIDS-GIDS/)."""
 
@@ -39,13 +46,47 @@ def find(program: str) -> str | None:
     return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 
 
+def need_linux() -> None:
+    """See that this is Linux, which everything needs but what only reads and writes files.
+
+    Raises HostError that says what to do.
+    """
+    system = platform.system()
+    if system == "Linux":
+        return
+    name, advice = OTHER_SYSTEMS.get(system, (system or "another system", "Run it in a Linux virtual machine"))
+    raise HostError(f"lsmlab runs on Linux; this is {name}", hint=f"{advice}. README, Hosts, says more.")
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """What a report says of this machine."""
+
+    name: str
+    """The distribution as it calls itself, or the system."""
+    kernel: str
+    processor: str
+
+
+def system() -> System:
+    """What this machine is, Linux or not."""
+    name = os_release().get("PRETTY_NAME") or platform.system()
+    return System(name, f"{platform.system()} {platform.release()}", platform.machine())
+
+
+def os_release() -> dict[str, str]:
+    """What /etc/os-release says; empty where there is none."""
+    if platform.system() != "Linux":
+        return {}
+    try:
+        return platform.freedesktop_os_release()
+    except OSError:
+        return {}
+
+
 def need(program: str) -> str:
     """The path of `program`. Raises HostError that says what to install, or that this is no Linux."""
-    if platform.system() != "Linux":
-        raise HostError(
-            f"lsmlab runs on Linux; this is {platform.system()}",
-            hint="Run it in a Linux machine: on Windows in WSL 2, on macOS in a virtual one. README, Hosts, says more.",
-        )
+    need_linux()
     found = find(program)
     if found is None:
         package = PACKAGES.get(program, program)

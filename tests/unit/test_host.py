@@ -95,16 +95,19 @@ def test_doctor_tells_where_guests_stay_root(tmp_path: Path, monkeypatch: pytest
     assert not denied.ok and denied.found.startswith("root") and "ordinary user" in denied.advice
 
 
-@pytest.mark.parametrize(("system", "ok"), [("Linux", True), ("Darwin", False), ("Windows", False)])
+@pytest.mark.parametrize(
+    ("system", "name"), [("Linux", ""), ("Darwin", "macOS"), ("Windows", "Windows"), ("FreeBSD", "FreeBSD")]
+)
 def test_another_system_is_told_before_a_program_is_missed(
-    monkeypatch: pytest.MonkeyPatch, system: str, *, ok: bool
+    monkeypatch: pytest.MonkeyPatch, system: str, name: str
 ) -> None:
     monkeypatch.setattr(platform, "system", lambda: system)
-    if ok:
+    if not name:
         assert host.need("sh")
         return
-    with pytest.raises(HostError, match=f"lsmlab runs on Linux; this is {system}"):
+    with pytest.raises(HostError, match=f"lsmlab runs on Linux; this is {name}") as caught:
         host.need("no-such-program")
+    assert "a Linux virtual machine" in caught.value.hint
 
 
 def test_an_image_is_not_built_on_another_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from lsmlab.cli.base import (
     write_json,
 )
 from lsmlab.errors import DefinitionError
+from lsmlab.host import need_linux
 from lsmlab.image import archive, build
 from lsmlab.lab import Lab
 from lsmlab.report import tables, trials
@@ -99,6 +100,7 @@ def images_command(context: typer.Context, json_file: JsonOption = None) -> None
 @images_app.command("list")
 def images_list(json_file: JsonOption = None) -> None:
     """List built images and saved guests: size, age, last use, whether a run would take them, whether one does now."""
+    need_linux()
     see_json_target(json_file)
     entries = inventory.entries()
     if json_file is not None:
@@ -131,6 +133,7 @@ def images_build(
 
         lsmlab images build fedora-44 --image Fedora-Cloud-Base-Generic-44-1.7.x86_64.qcow2
     """
+    need_linux()
     machines = [discovery.load_lab(name) for name in labs]
     if image is not None and len(machines) > 1:
         raise DefinitionError(f"--image {image}: of which lab? Name one")
@@ -161,6 +164,7 @@ def images_export(
 
         lsmlab images export debian-13 debian-13.image.tar.gz
     """
+    need_linux()
     machine = discovery.load_lab(lab)
     target = file or archive.default_name(machine)
     need_writable(target, str(target))
@@ -184,6 +188,7 @@ def images_import(
 
         lsmlab images import https://example.org/debian-13.image.tar.gz --sha256 9f2b...
     """
+    need_linux()
     if sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise DefinitionError(
             f"--sha256 {sha256}: expected 64 hexadecimal digits", hint="`sha256sum FILE` prints them."
@@ -202,6 +207,7 @@ def images_prune(
     everything: Annotated[bool, typer.Option("--all", help="Also what is current.")] = False,
 ) -> None:
     """Delete what no run would use any more. What a run uses at this moment is kept."""
+    need_linux()
     pruned = inventory.prune(everything=everything)
     for entry in pruned.removed:
         print(f"removed {entry.kind} {entry.name} ({entry.mib} MiB)")
@@ -253,6 +259,7 @@ def doctor_command(
     if ssh is None:
         findings, ready = doctor.examine(discovery.load_lab(lab or discovery.DEFAULT_LAB)), "lsmlab can run here"
     else:
+        need_linux()
         labs = [discovery.load_lab(name) for name in ([lab] if lab else discovery.labs().ids)]
         findings = _surveyed(ssh, {service.unit for one in labs for service in one.services.values()})
         ready = f"{ssh} lacks nothing that a lab needs"
@@ -292,6 +299,7 @@ def undo_command(
 
         lsmlab undo vagrant:default
     """
+    need_linux()
     from lsmlab import ssh_lab  # noqa: PLC0415 - paramiko takes longer to load than most commands run
 
     done = ssh_lab.undo(host_of(host) or host, force=force)
