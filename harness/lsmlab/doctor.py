@@ -98,8 +98,7 @@ def _system() -> Finding:
 def _program(name: str, flag: str, purpose: str, *, needed: bool = True) -> Finding:
     found = host.find(name)
     if found is None:
-        package = host.PACKAGES.get(name, name)
-        return Finding(name, ok=False, needed=needed, found=f"missing: {purpose}", advice=f"apt-get install {package}")
+        return Finding(name, ok=False, needed=needed, found=f"missing: {purpose}", advice=host.to_install(name))
     return Finding(name, ok=True, needed=needed, found=host.version(name, flag) if flag else found)
 
 

@@ -17,19 +17,24 @@ from pathlib import Path
 
 from lsmlab.errors import HostError
 
+INSTALLERS = {"debian": "apt-get install", "fedora": "dnf install", "suse": "zypper install", "arch": "pacman -S"}
+"""By the ID of a distribution, or of one that it is like: os-release(5)."""
 PACKAGES = {
-    "qemu-system-x86_64": "qemu-system-x86",
-    "qemu-img": "qemu-utils",
-    "mmdebstrap": "mmdebstrap",
-    "mke2fs": "e2fsprogs",
-    "debugfs": "e2fsprogs",
-    "unshare": "util-linux",
-    "setpriv": "util-linux",
-    "newuidmap": "uidmap",
-    "gpg": "gpg",
-    "gpgv": "gpgv",
+    "qemu-system-x86_64": ("qemu-system-x86", "qemu-system-x86-core", "qemu-x86", "qemu-system-x86"),
+    "qemu-img": ("qemu-utils", "qemu-img", "qemu-img", "qemu-img"),
+    "mmdebstrap": ("mmdebstrap", "mmdebstrap", "", ""),
+    "mke2fs": ("e2fsprogs", "e2fsprogs", "e2fsprogs", "e2fsprogs"),
+    "debugfs": ("e2fsprogs", "e2fsprogs", "e2fsprogs", "e2fsprogs"),
+    "unshare": ("util-linux", "util-linux", "util-linux", "util-linux"),
+    "setpriv": ("util-linux", "util-linux", "util-linux", "util-linux"),
+    "newuidmap": ("uidmap", "shadow-utils", "shadow", "shadow"),
+    "gpg": ("gpg", "gnupg2", "gpg2", "gnupg"),
+    "gpgv": ("gpgv", "gnupg2", "gpg2", "gnupg"),
+    "skopeo": ("skopeo", "skopeo", "skopeo", "skopeo"),
+    "debian-archive-keyring": ("debian-archive-keyring", "debian-keyring", "", "debian-archive-keyring"),
 }
-"""The Debian package that brings each program we use."""
+"""The package that brings each program we use, and the keys of Debian's archive, in the order of INSTALLERS; empty
+where the distribution has none."""
 
 OTHER_SYSTEMS = {
     "Darwin": ("macOS", "Run it in a Linux virtual machine on this Mac"),
@@ -84,15 +89,26 @@ def os_release() -> dict[str, str]:
         return {}
 
 
+def to_install(*programs: str) -> str:
+    """What to do to have `programs`: this distribution's command, or their names where no package of it is known."""
+    said = os_release()
+    ids = [said.get("ID", ""), *said.get("ID_LIKE", "").split()]
+    # Red Hat's own and those built from it say that they are like Fedora, and have no qemu-system-x86_64
+    family = "" if "rhel" in ids else next((name for name in ids if name in INSTALLERS), "")
+    packages = {dict(zip(INSTALLERS, PACKAGES.get(p, ()), strict=False)).get(family, "") for p in programs}
+    if "" in packages:
+        return f"Install {', '.join(programs)} by this system's own means"
+    return f"{INSTALLERS[family]} {' '.join(sorted(packages))}"
+
+
 def need(program: str) -> str:
     """The path of `program`. Raises HostError that says what to install, or that this is no Linux."""
     need_linux()
     found = find(program)
     if found is None:
-        package = PACKAGES.get(program, program)
         raise HostError(
             f"{program} is not installed on this machine",
-            hint=f"Run `make setup`, or: apt-get install {package}. `lsmlab doctor` shows all that is missing.",
+            hint=f"{to_install(program)}. `lsmlab doctor` shows all that is missing.",
         )
     return found
 

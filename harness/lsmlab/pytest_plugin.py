@@ -133,8 +133,7 @@ def _lack(session: LabSession) -> str:
     missing = missing_programs()
     if missing and session.image_is_built:
         missing = missing_programs(build_image=False)
-    packages = " ".join(sorted({host.PACKAGES.get(p, p) for p in missing}))
-    return f"{', '.join(missing)} not found (apt-get install {packages})" if missing else ""
+    return f"{', '.join(missing)} not found ({host.to_install(*missing)})" if missing else ""
 
 
 def missing_programs(*, build_image: bool = True) -> list[str]:

@@ -110,6 +110,48 @@ def test_another_system_is_told_before_a_program_is_missed(
     assert "a Linux virtual machine" in caught.value.hint
 
 
+OPENSUSE = {"ID": "opensuse-leap", "ID_LIKE": "suse opensuse"}
+ALMA = {"ID": "almalinux", "ID_LIKE": "rhel centos fedora"}
+
+
+@pytest.mark.parametrize(
+    ("said", "programs", "advice"),
+    [
+        ({"ID": "debian"}, [QEMU], "apt-get install qemu-system-x86"),
+        ({"ID": "ubuntu", "ID_LIKE": "debian"}, ["setpriv", "unshare"], "apt-get install util-linux"),
+        ({"ID": "linuxmint", "ID_LIKE": "ubuntu debian"}, ["gpgv"], "apt-get install gpgv"),
+        ({"ID": "fedora"}, [QEMU, "qemu-img"], "dnf install qemu-img qemu-system-x86-core"),
+        (OPENSUSE, [QEMU, "qemu-img"], "zypper install qemu-img qemu-x86"),
+        (OPENSUSE, ["mmdebstrap"], "Install mmdebstrap by this system's own means"),
+        ({"ID": "manjaro", "ID_LIKE": "arch"}, [QEMU, "gpgv"], "pacman -S gnupg qemu-system-x86"),
+        (ALMA, [QEMU, "qemu-img"], f"Install {QEMU}, qemu-img by this system's own means"),
+        ({"ID": "gentoo"}, ["setpriv"], "Install setpriv by this system's own means"),
+        ({}, ["setpriv"], "Install setpriv by this system's own means"),
+        ({"ID": "debian"}, ["no-such-program"], "Install no-such-program by this system's own means"),
+    ],
+)
+def test_what_to_install_is_said_as_the_distribution_calls_it(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, str], programs: list[str], advice: str
+) -> None:
+    monkeypatch.setattr(host, "os_release", lambda: said)
+    assert host.to_install(*programs) == advice
+
+
+def test_what_is_missing_is_said_so_by_errors_and_by_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "os_release", lambda: OPENSUSE)
+    monkeypatch.setattr(host, "find", lambda _: None)
+    with pytest.raises(HostError) as caught:
+        host.need(QEMU)
+    assert caught.value.hint.startswith("zypper install qemu-x86. ")
+    assert doctor._program(QEMU, "--version", "runs the guests").advice == "zypper install qemu-x86"
+
+
+def test_each_program_has_a_package_of_each_distribution() -> None:
+    programs = {name for name, _, _ in (*doctor.TO_RUN, *doctor.TO_BUILD, *doctor.TO_PREPARE)}
+    assert {*programs, "newuidmap"} <= set(host.PACKAGES)
+    assert {len(row) for row in host.PACKAGES.values()} == {len(host.INSTALLERS)}
+
+
 def test_an_image_is_not_built_on_another_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LSMLAB_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")

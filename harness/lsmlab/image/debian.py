@@ -142,7 +142,7 @@ def package_sources(suite: str) -> list[str]:
             hint="Run `apt-get update`, or set LSMLAB_MIRROR to the address of a Debian archive.",
         )
     if not KEYRING.exists():
-        raise HostError(f"{KEYRING} is missing", hint="Run `make setup`, or: apt-get install debian-archive-keyring.")
+        raise HostError(f"{KEYRING} is missing", hint=f"{host.to_install('debian-archive-keyring')}.")
     option = f"[signed-by={KEYRING}]"
     sources = [f"deb {option} {archive} {suite} main", f"deb {option} {archive} {suite}-updates main"]
     if security:
