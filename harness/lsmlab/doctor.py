@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from pathlib import Path
 from lsmlab import host, paths
 from lsmlab.bench import guest_budget
 from lsmlab.errors import LsmlabError
-from lsmlab.image import build, cloud, debian
+from lsmlab.image import build, cloud, debian, signed
 from lsmlab.lab import CloudImage, Lab
 from lsmlab.machine import accel
 from lsmlab.machine.qemu import QEMU
@@ -50,7 +52,7 @@ def examine(lab: Lab) -> list[Finding]:
     if not system.ok:
         return [system]  # the rest can be looked at on Linux alone
     builds = build.find(lab) is None
-    findings = [system, *(_program(*entry) for entry in TO_RUN)]
+    findings = [system, _processor(lab, needed=builds), *(_program(*entry) for entry in TO_RUN)]
     findings += [_program(*entry, needed=builds) for entry in _to_make(lab)]
     if os.geteuid() != 0 and lab.image is not None:
         findings.append(_program("newuidmap", "", "builds images without root", needed=builds))
@@ -63,21 +65,21 @@ def examine(lab: Lab) -> list[Finding]:
     return findings
 
 
-def lacking(lab: Lab) -> list[str]:
-    """What this machine lacks to run `lab`, in few words each; empty where it can. Starts no program."""
+def needs(lab: Lab) -> dict[str, bool]:
+    """What this machine has to have to run `lab`, in few words each, and whether it has. Starts no program."""
     if not _system().ok:
-        return ["Linux"]
-    names = [name for name, _, _ in TO_RUN]
+        return {"Linux": False}
+    found = {name: host.find(name) is not None for name, _, _ in TO_RUN}
     if build.find(lab) is None:
-        names += [name for name, _, _ in _to_make(lab)]
-        names += [] if os.geteuid() == 0 or lab.image is None else ["newuidmap"]
-    found = [name for name in names if host.find(name) is None]
-    try:
-        guest_budget(lab.memory_mib)
-    except LsmlabError:
-        found.append("memory")
-    if lab.needs_kvm and not accel.worth_trying():
-        found.append("KVM")
+        found["x86-64 processor"] = _processor(lab, needed=True).ok
+        found |= {name: host.find(name) is not None for name, _, _ in _to_make(lab)}
+        if os.geteuid() != 0 and lab.image is not None:
+            found["newuidmap"] = host.find("newuidmap") is not None
+        if (keyring := _keyring(lab)) is not None:
+            found["valid key"] = _key(keyring, needed=True).ok
+    found["memory"] = _memory(lab).ok
+    if lab.needs_kvm:
+        found["KVM"] = accel.worth_trying()
     return found
 
 
@@ -93,6 +95,14 @@ def _system() -> Finding:
     except LsmlabError as error:
         return Finding("system", ok=False, needed=True, found=error.message, advice=error.hint)
     return Finding("system", ok=True, needed=True, found=f"{found.name}, {found.kernel}")
+
+
+def _processor(lab: Lab, *, needed: bool) -> Finding:
+    try:
+        host.need_x86_to_make(lab.id)
+    except LsmlabError as error:
+        return Finding("processor", ok=False, needed=needed, found=error.message, advice=error.hint)
+    return Finding("processor", ok=True, needed=needed, found=platform.machine())
 
 
 def _program(name: str, flag: str, purpose: str, *, needed: bool = True) -> Finding:
@@ -173,8 +183,27 @@ def _kvm(lab: Lab) -> Finding:
     else:
         state, detail = accel.known_or_probe(image.kernel)
     ok = state is accel.KvmState.PROVEN
-    advice = "" if ok else f"Guests run under TCG, ten times slower. {accel.ADVICE[state]}"
+    advice = "" if ok else f"Guests run under TCG, ten times slower. {accel.advice(state)}"
     return Finding("KVM", ok=ok, needed=lab.needs_kvm, found=f"{state}: {detail}", advice=advice)
+
+
+def _keyring(lab: Lab) -> Path | None:
+    """The keys of which one has to have signed the list that the lab's image is in."""
+    lists = lab.cloud_image.checksums if lab.cloud_image is not None else None
+    return lists.keyring if lists is not None else None
+
+
+def _key(keyring: Path, *, needed: bool) -> Finding:
+    try:
+        until = signed.expiry(keyring)
+    except LsmlabError as error:
+        return Finding("key", ok=False, needed=needed, found=error.message, advice=error.hint)
+    if until is None:
+        return Finding("key", ok=True, needed=needed, found=f"{keyring}, without an end")
+    if until > datetime.datetime.now(datetime.UTC):
+        return Finding("key", ok=True, needed=needed, found=f"{keyring}, until {until:%Y-%m-%d}")
+    found = f"{keyring}: expired on {until:%Y-%m-%d}"
+    return Finding("key", ok=False, needed=needed, found=found, advice=signed.present_key(keyring))
 
 
 def _download(image: CloudImage) -> Finding:
@@ -194,6 +223,8 @@ def _download(image: CloudImage) -> Finding:
 def _packages(lab: Lab) -> Iterator[Finding]:
     if lab.cloud_image is not None:
         if build.find(lab) is None:
+            if (keyring := _keyring(lab)) is not None:
+                yield _key(keyring, needed=True)
             yield _download(lab.cloud_image)
         return
     try:

@@ -122,12 +122,27 @@ def environment() -> dict[str, str]:
     return dict(os.environ)
 
 
-def need_x86(what: str) -> None:
+def need_x86(what: str, *, hint: str = "Do it on such a machine.") -> None:
     """See that this machine can execute the programs of images. Raises HostError; `what` is not possible then."""
     if platform.machine() not in {"x86_64", "AMD64"}:
         raise HostError(
-            f"{what} takes an x86-64 machine, whose programs are executed; this one is {platform.machine()}"
+            f"{what} takes an x86-64 machine, whose programs are executed; this one is {platform.machine()}", hint=hint
         )
+
+
+def need_x86_to_make(lab: str) -> None:
+    """See that the image of `lab` can be made on this processor. Raises HostError."""
+    need_x86("making an image", hint=made_elsewhere(lab))
+
+
+def made_elsewhere(lab: str) -> str:
+    """What to do where the image of `lab` cannot be made."""
+    return f"An image made elsewhere will do: `lsmlab images export {lab}` there, `lsmlab images import FILE` here."
+
+
+def on_wsl() -> bool:
+    """Whether this Linux runs in Windows."""
+    return "microsoft" in platform.release().lower()
 
 
 def version(program: str, *arguments: str) -> str:

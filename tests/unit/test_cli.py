@@ -850,6 +850,15 @@ def test_a_lab_that_was_never_proved_on_its_real_image(host: Host) -> None:
     assert re.search(r"^mine .* never +never$", table, re.MULTILINE)
 
 
+def test_what_a_lab_needs_is_said_and_what_of_it_is_missing(host: Host) -> None:
+    (host.path / "bin" / "mmdebstrap").unlink()
+    rows = {r["id"]: r for r in json.loads(host.lsmlab("labs", "--json", "-").out)["labs"]}
+    assert {QEMU, "qemu-img", "setpriv", "x86-64 processor", "mmdebstrap", "memory"} <= set(rows["debian-13"]["needs"])
+    assert "mmdebstrap" in rows["debian-13"]["lacks"] and "setpriv" not in rows["debian-13"]["lacks"]
+    assert "mmdebstrap" not in rows["fedora-44"]["needs"] and "valid key" in rows["fedora-44"]["needs"]
+    assert "KVM" in rows["almalinux-10"]["needs"]
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_labs_fit_a_terminal_and_keep_each_line_in_a_pipe(host: Host, width: int) -> None:
     (host.work / "labs").mkdir()

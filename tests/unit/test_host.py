@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from entries import put_image
 
 from lsmlab import discovery, doctor, host
 from lsmlab.errors import HostError
@@ -152,13 +153,25 @@ def test_each_program_has_a_package_of_each_distribution() -> None:
     assert {len(row) for row in host.PACKAGES.values()} == {len(host.INSTALLERS)}
 
 
-def test_an_image_is_not_built_on_another_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["debian-13", "fedora-44"])
+def test_an_image_is_not_made_on_another_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     monkeypatch.setenv("LSMLAB_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    lab = discovery.load_lab(name)
     with pytest.raises(HostError) as caught:
-        build.ensure(discovery.load_lab("debian-13"), Silent())
-    assert "takes an x86-64 machine, whose programs are executed; this one is aarch64" in caught.value.message
-    assert "`lsmlab images import` here" in caught.value.hint
+        build.ensure(lab, Silent())
+    assert caught.value.message == (
+        "making an image takes an x86-64 machine, whose programs are executed; this one is aarch64"
+    )
+    assert f"`lsmlab images export {name}` there, `lsmlab images import FILE` here" in caught.value.hint
+    (found,) = [f for f in doctor.examine(lab) if f.what == "processor"]
+    assert (found.ok, found.needed, found.found) == (False, True, caught.value.message)
+    assert found.advice == caught.value.hint
+    assert doctor.needs(lab)["x86-64 processor"] is False
+    put_image(lab)
+    assert "x86-64 processor" not in doctor.needs(lab), "an image that was imported is run"
+    (found,) = [f for f in doctor.examine(lab) if f.what == "processor"]
+    assert (found.ok, found.needed) == (False, False)
 
 
 def test_a_program_starts_while_the_environment_is_changed() -> None:

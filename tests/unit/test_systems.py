@@ -140,7 +140,7 @@ def test_doctor_looks_no_further_there() -> None:
     (found,) = doctor.examine(lab)
     assert (found.what, found.ok, found.needed) == ("system", False, True)
     assert found.advice.startswith("Run it in a Linux virtual machine on this Mac")
-    assert doctor.lacking(lab) == ["Linux"]
+    assert doctor.needs(lab) == {"Linux": False}
 
 
 # pytest

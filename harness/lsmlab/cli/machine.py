@@ -48,7 +48,8 @@ def labs_command(json_file: JsonOption = None) -> None:
     """List the labs: kinds of machine, their frameworks, whether this machine can run them, and whether it has.
 
     "seen" is when an outcome in the store was last as expected. "real image" is for labs whose distribution publishes
-    one: when the flagship last was as expected on it, by the record of scheduled runs that comes with lsmlab.
+    one: when the flagship last was as expected on it, by the record of scheduled runs that comes with lsmlab. What each
+    lab needs of this machine is in --json, there or not; what is missing is in the table as well.
     """
     see_json_target(json_file)
     store = Store(paths.state() / "outcomes.sqlite")
@@ -58,14 +59,15 @@ def labs_command(json_file: JsonOption = None) -> None:
     for name in discovery.labs().ids:
         machine = discovery.load_lab(name)
         image = build.find(machine)
+        needs = doctor.needs(machine)
         rows.append(
             {
                 "id": machine.id, "title": machine.title, "frameworks": [f.value for f in machine.frameworks],
                 "services": sorted(machine.services), "memory_mib": machine.memory_mib,
                 "engine": machine.engine.kind if machine.engine else None,
                 "image": f"built {image.built[:10]}" if image else "not built",
-                "lacks": doctor.lacking(machine), "seen": proven.get(machine.id),
-                "real_image": _proved(on_real_images, machine),
+                "needs": list(needs), "lacks": [what for what, there in needs.items() if not there],
+                "seen": proven.get(machine.id), "real_image": _proved(on_real_images, machine),
             }
         )  # fmt: skip
     if json_file is not None:
