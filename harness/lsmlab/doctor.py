@@ -9,8 +9,9 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lsmlab import host, paths
+from lsmlab import __version__, host, paths
 from lsmlab.bench import guest_budget
 from lsmlab.errors import LsmlabError
 from lsmlab.image import build, cloud, debian, signed
@@ -59,10 +60,27 @@ def examine(lab: Lab) -> list[Finding]:
         findings.append(_user_namespaces(needed=builds))
     findings += [_folder("cache", paths.cache()), _folder("outcomes", paths.state()), _space(), _memory(lab)]
     kvm = _kvm(lab)
-    findings += [_image(lab), kvm, *_packages(lab)]
+    findings += [_image(lab), kvm, *_packages(lab, needed=builds)]
     if os.geteuid() == 0 and host.find(QEMU) and host.find("setpriv"):
         findings.append(_user_of_guests(accel.KVM if kvm.ok else None))
     return findings
+
+
+def circumstances(lab: Lab | None) -> dict[str, Any]:
+    """What findings are of, for whoever reads them elsewhere: when, by which lsmlab, on what, and with which image.
+
+    `lab` None: it is another machine that was looked at, and QEMU is not asked.
+    """
+    system = host.system()
+    image = build.find(lab) if lab is not None else None
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "lsmlab": __version__,
+        "host": {"system": system.name, "kernel": system.kernel, "processor": system.processor},
+        "qemu": host.version(QEMU, "--version") if lab is not None and host.find(QEMU) else None,
+        "lab": lab.id if lab is not None else None,
+        "image": image.digest if image is not None else None,
+    }
 
 
 def needs(lab: Lab) -> dict[str, bool]:
@@ -163,14 +181,15 @@ def _memory(lab: Lab) -> Finding:
 def _image(lab: Lab) -> Finding:
     image = build.find(lab)
     if image is None:
-        advice = (
-            f"`lsmlab images build {lab.id}`, or any run: it takes a minute or two and the network. "
-            "`lsmlab images import` takes one that was built elsewhere."
+        takes = (
+            "a minute or two, and the network"
+            if lab.image is not None
+            else "a download of some hundred MiB, and several minutes, more of them without KVM"
         )
+        advice = f"`lsmlab images build {lab.id}`, or any run: it takes {takes}. {host.made_elsewhere(lab.id)}"
         return Finding(f"image {lab.id}", ok=False, needed=False, found="not built yet", advice=advice)
-    return Finding(
-        f"image {lab.id}", ok=True, needed=False, found=f"built {image.built}, kernel {image.kernel_release}"
-    )
+    found = f"built {image.built}, kernel {image.kernel_release}, SHA-256 {image.digest[:16]}..."
+    return Finding(f"image {lab.id}", ok=True, needed=False, found=found)
 
 
 def _kvm(lab: Lab) -> Finding:
@@ -214,15 +233,16 @@ def _download(image: CloudImage) -> Finding:
         size = download.length(image.url)
         digest = cloud.expected_digest(image, Silent(), "doctor")
     except LsmlabError as error:
-        return Finding("download", ok=False, needed=False, found=error.message, advice=error.hint)
+        return Finding("download", ok=False, needed=True, found=error.message, advice=error.hint)
     vouched = "the list's signature is good" if image.checksums else "the lab's file says its digest"
     large = f"{size >> 20} MiB, " if size is not None else ""
-    return Finding("download", ok=True, needed=False, found=f"{large}{vouched}, SHA-256 {digest[:16]}...")
+    return Finding("download", ok=True, needed=True, found=f"{large}{vouched}, SHA-256 {digest[:16]}...")
 
 
-def _packages(lab: Lab) -> Iterator[Finding]:
+def _packages(lab: Lab, *, needed: bool) -> Iterator[Finding]:
+    """Whether what an image is made of can be had; `needed`: there is no image yet."""
     if lab.cloud_image is not None:
-        if build.find(lab) is None:
+        if needed:
             if (keyring := _keyring(lab)) is not None:
                 yield _key(keyring, needed=True)
             yield _download(lab.cloud_image)
@@ -231,6 +251,6 @@ def _packages(lab: Lab) -> Iterator[Finding]:
         assert lab.image is not None
         debian.package_sources(lab.image.suite)
     except LsmlabError as error:
-        yield Finding("Debian packages", ok=False, needed=False, found=error.message, advice=error.hint)
+        yield Finding("Debian packages", ok=False, needed=needed, found=error.message, advice=error.hint)
         return
-    yield Finding("Debian packages", ok=True, needed=False, found="from the archive that this machine's apt uses")
+    yield Finding("Debian packages", ok=True, needed=needed, found="from the archive that this machine's apt uses")

@@ -246,8 +246,10 @@ def doctor_command(
 ) -> None:
     """Say what this machine has and lacks for running a lab, and what to do; or another one for being a lab.
 
-    Nothing is changed. Over SSH your own ~/.ssh/config, known_hosts and keys count, and nothing is asked; the agent is
-    root on that machine, by sudo if need be, for as long as the look takes.
+    Nothing is changed. With --json it is a report to send along with a fault: it names lab, lsmlab, system and QEMU.
+
+    Over SSH your own ~/.ssh/config, known_hosts and keys count, and nothing is asked; the agent is root on that
+    machine, by sudo if need be, for as long as the look takes.
 
     Examples:
 
@@ -259,19 +261,23 @@ def doctor_command(
     """
     see_json_target(json_file)
     if ssh is None:
-        findings, ready = doctor.examine(discovery.load_lab(lab or discovery.DEFAULT_LAB)), "lsmlab can run here"
+        machine = discovery.load_lab(lab or discovery.DEFAULT_LAB)
+        about = doctor.circumstances(machine)
+        findings, ready = doctor.examine(machine), "lsmlab can run here"
     else:
         need_linux()
         labs = [discovery.load_lab(name) for name in ([lab] if lab else discovery.labs().ids)]
+        about = doctor.circumstances(None)
         findings = _surveyed(ssh, {service.unit for one in labs for service in one.services.values()})
         ready = f"{ssh} lacks nothing that a lab needs"
     if json_file is not None:
         rows = [
             {"what": f.what, "ok": f.ok, "needed": f.needed, "found": f.found, "advice": f.advice} for f in findings
         ]
-        write_json(json.dumps({"schema": 1, "findings": rows}, indent=1) + "\n", json_file)
+        write_json(json.dumps({"schema": 1, **about, "ssh": ssh, "findings": rows}, indent=1) + "\n", json_file)
     else:
-        console().print(trials.findings_table(findings, ready))
+        of = f"lab {about['lab']}" if ssh is None else f"{ssh} over SSH"
+        console().print(trials.findings_table(findings, ready, f"{of}, lsmlab {about['lsmlab']}, {about['date']}"))
     raise typer.Exit(ERROR if any(f.needed and not f.ok for f in findings) else AS_EXPECTED)
 
 
