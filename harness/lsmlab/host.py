@@ -122,9 +122,14 @@ def environment() -> dict[str, str]:
     return dict(os.environ)
 
 
+def is_x86() -> bool:
+    """Whether this machine's processor is of the guests' kind."""
+    return platform.machine() in {"x86_64", "AMD64"}
+
+
 def need_x86(what: str, *, hint: str = "Do it on such a machine.") -> None:
     """See that this machine can execute the programs of images. Raises HostError; `what` is not possible then."""
-    if platform.machine() not in {"x86_64", "AMD64"}:
+    if not is_x86():
         raise HostError(
             f"{what} takes an x86-64 machine, whose programs are executed; this one is {platform.machine()}", hint=hint
         )

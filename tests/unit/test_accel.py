@@ -271,6 +271,13 @@ def test_kvm_asked_for_where_it_does_not_work(
     assert len({accel.advice(s) for s in KvmState}) == len(KvmState)
 
 
+def test_the_kvm_of_another_processor_is_not_worth_trying(monkeypatch: pytest.MonkeyPatch) -> None:
+    alma = discovery.load_lab("almalinux-10")
+    assert accel.worth_trying() and doctor.needs(alma)["KVM"]
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert not accel.worth_trying() and not doctor.needs(alma)["KVM"]
+
+
 @pytest.mark.parametrize(
     ("release", "absent", "denied"),
     [

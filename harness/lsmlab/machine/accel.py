@@ -149,12 +149,13 @@ def kvm_needed(lab: str) -> HostError:
 
 
 def worth_trying() -> bool:
-    """Whether KVM may work for a guest whose kernel is not known yet: it opens, and nothing broke under it here."""
+    """Whether KVM may work for a guest whose kernel is not known yet: it opens, is for guests of our kind, and nothing
+    broke under it here."""
     try:
         entries = [e for e in json.loads(_file().read_text("utf-8")).values() if e[2:] == [_boot_id()]]
     except (OSError, ValueError, TypeError, AttributeError):
         entries = []
-    return device_state() is None and all(entry[0] != KvmState.BROKEN for entry in entries)
+    return host.is_x86() and device_state() is None and all(entry[0] != KvmState.BROKEN for entry in entries)
 
 
 def to_try(lab: Lab, wanted: str) -> tuple[str, ...]:
