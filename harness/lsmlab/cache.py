@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,9 @@ from typing import IO, Any
 
 from lsmlab import paths
 from lsmlab.errors import HostError, LsmlabError, MachineError
+
+with contextlib.suppress(ImportError):  # Windows has none, and nothing to lock: see `host.need_linux`
+    import fcntl
 
 MANIFEST = "manifest.json"
 VERIFIED = "verified.json"

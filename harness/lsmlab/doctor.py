@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lsmlab import host, paths
+from lsmlab import __version__, host, paths
 from lsmlab.bench import guest_budget
 from lsmlab.errors import LsmlabError
-from lsmlab.image import build, cloud, debian
+from lsmlab.image import build, cloud, debian, signed
 from lsmlab.lab import CloudImage, Lab
 from lsmlab.machine import accel
 from lsmlab.machine.qemu import QEMU
@@ -46,33 +49,55 @@ class Finding:
 
 def examine(lab: Lab) -> list[Finding]:
     """Every finding for running `lab` here, in the order a run needs them. Never raises LsmlabError."""
+    system = _system()
+    if not system.ok:
+        return [system]  # the rest can be looked at on Linux alone
     builds = build.find(lab) is None
-    findings = [_program(*entry) for entry in TO_RUN]
+    findings = [system, _processor(lab, needed=builds), *(_program(*entry) for entry in TO_RUN)]
     findings += [_program(*entry, needed=builds) for entry in _to_make(lab)]
     if os.geteuid() != 0 and lab.image is not None:
         findings.append(_program("newuidmap", "", "builds images without root", needed=builds))
         findings.append(_user_namespaces(needed=builds))
     findings += [_folder("cache", paths.cache()), _folder("outcomes", paths.state()), _space(), _memory(lab)]
     kvm = _kvm(lab)
-    findings += [_image(lab), kvm, *_packages(lab)]
+    findings += [_image(lab), kvm, *_packages(lab, needed=builds)]
     if os.geteuid() == 0 and host.find(QEMU) and host.find("setpriv"):
         findings.append(_user_of_guests(accel.KVM if kvm.ok else None))
     return findings
 
 
-def lacking(lab: Lab) -> list[str]:
-    """What this machine lacks to run `lab`, in few words each; empty where it can. Starts no program."""
-    names = [name for name, _, _ in TO_RUN]
+def circumstances(lab: Lab | None) -> dict[str, Any]:
+    """What findings are of, for whoever reads them elsewhere: when, by which lsmlab, on what, and with which image.
+
+    `lab` None: it is another machine that was looked at, and QEMU is not asked.
+    """
+    system = host.system()
+    image = build.find(lab) if lab is not None else None
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "lsmlab": __version__,
+        "host": {"system": system.name, "kernel": system.kernel, "processor": system.processor},
+        "qemu": host.version(QEMU, "--version") if lab is not None and host.find(QEMU) else None,
+        "lab": lab.id if lab is not None else None,
+        "image": image.digest if image is not None else None,
+    }
+
+
+def needs(lab: Lab) -> dict[str, bool]:
+    """What this machine has to have to run `lab`, in few words each, and whether it has. Starts no program."""
+    if not _system().ok:
+        return {"Linux": False}
+    found = {name: host.find(name) is not None for name, _, _ in TO_RUN}
     if build.find(lab) is None:
-        names += [name for name, _, _ in _to_make(lab)]
-        names += [] if os.geteuid() == 0 or lab.image is None else ["newuidmap"]
-    found = [name for name in names if host.find(name) is None]
-    try:
-        guest_budget(lab.memory_mib)
-    except LsmlabError:
-        found.append("memory")
-    if lab.needs_kvm and not accel.worth_trying():
-        found.append("KVM")
+        found["x86-64 processor"] = _processor(lab, needed=True).ok
+        found |= {name: host.find(name) is not None for name, _, _ in _to_make(lab)}
+        if os.geteuid() != 0 and lab.image is not None:
+            found["newuidmap"] = host.find("newuidmap") is not None
+        if (keyring := _keyring(lab)) is not None:
+            found["valid key"] = _key(keyring, needed=True).ok
+    found["memory"] = _memory(lab).ok
+    if lab.needs_kvm:
+        found["KVM"] = accel.worth_trying()
     return found
 
 
@@ -81,11 +106,27 @@ def _to_make(lab: Lab) -> tuple[tuple[str, str, str], ...]:
     return TO_BUILD if lab.image is not None else TO_PREPARE
 
 
+def _system() -> Finding:
+    found = host.system()
+    try:
+        host.need_linux()
+    except LsmlabError as error:
+        return Finding("system", ok=False, needed=True, found=error.message, advice=error.hint)
+    return Finding("system", ok=True, needed=True, found=f"{found.name}, {found.kernel}")
+
+
+def _processor(lab: Lab, *, needed: bool) -> Finding:
+    try:
+        host.need_x86_to_make(lab.id)
+    except LsmlabError as error:
+        return Finding("processor", ok=False, needed=needed, found=error.message, advice=error.hint)
+    return Finding("processor", ok=True, needed=needed, found=platform.machine())
+
+
 def _program(name: str, flag: str, purpose: str, *, needed: bool = True) -> Finding:
     found = host.find(name)
     if found is None:
-        package = host.PACKAGES.get(name, name)
-        return Finding(name, ok=False, needed=needed, found=f"missing: {purpose}", advice=f"apt-get install {package}")
+        return Finding(name, ok=False, needed=needed, found=f"missing: {purpose}", advice=host.to_install(name))
     return Finding(name, ok=True, needed=needed, found=host.version(name, flag) if flag else found)
 
 
@@ -140,14 +181,15 @@ def _memory(lab: Lab) -> Finding:
 def _image(lab: Lab) -> Finding:
     image = build.find(lab)
     if image is None:
-        advice = (
-            f"`lsmlab images build {lab.id}`, or any run: it takes a minute or two and the network. "
-            "`lsmlab images import` takes one that was built elsewhere."
+        takes = (
+            "a minute or two, and the network"
+            if lab.image is not None
+            else "a download of some hundred MiB, and several minutes, more of them without KVM"
         )
+        advice = f"`lsmlab images build {lab.id}`, or any run: it takes {takes}. {host.made_elsewhere(lab.id)}"
         return Finding(f"image {lab.id}", ok=False, needed=False, found="not built yet", advice=advice)
-    return Finding(
-        f"image {lab.id}", ok=True, needed=False, found=f"built {image.built}, kernel {image.kernel_release}"
-    )
+    found = f"built {image.built}, kernel {image.kernel_release}, SHA-256 {image.digest[:16]}..."
+    return Finding(f"image {lab.id}", ok=True, needed=False, found=found)
 
 
 def _kvm(lab: Lab) -> Finding:
@@ -160,8 +202,27 @@ def _kvm(lab: Lab) -> Finding:
     else:
         state, detail = accel.known_or_probe(image.kernel)
     ok = state is accel.KvmState.PROVEN
-    advice = "" if ok else f"Guests run under TCG, ten times slower. {accel.ADVICE[state]}"
+    advice = "" if ok else f"Guests run under TCG, ten times slower. {accel.advice(state)}"
     return Finding("KVM", ok=ok, needed=lab.needs_kvm, found=f"{state}: {detail}", advice=advice)
+
+
+def _keyring(lab: Lab) -> Path | None:
+    """The keys of which one has to have signed the list that the lab's image is in."""
+    lists = lab.cloud_image.checksums if lab.cloud_image is not None else None
+    return lists.keyring if lists is not None else None
+
+
+def _key(keyring: Path, *, needed: bool) -> Finding:
+    try:
+        until = signed.expiry(keyring)
+    except LsmlabError as error:
+        return Finding("key", ok=False, needed=needed, found=error.message, advice=error.hint)
+    if until is None:
+        return Finding("key", ok=True, needed=needed, found=f"{keyring}, without an end")
+    if until > datetime.datetime.now(datetime.UTC):
+        return Finding("key", ok=True, needed=needed, found=f"{keyring}, until {until:%Y-%m-%d}")
+    found = f"{keyring}: expired on {until:%Y-%m-%d}"
+    return Finding("key", ok=False, needed=needed, found=found, advice=signed.present_key(keyring))
 
 
 def _download(image: CloudImage) -> Finding:
@@ -172,21 +233,24 @@ def _download(image: CloudImage) -> Finding:
         size = download.length(image.url)
         digest = cloud.expected_digest(image, Silent(), "doctor")
     except LsmlabError as error:
-        return Finding("download", ok=False, needed=False, found=error.message, advice=error.hint)
+        return Finding("download", ok=False, needed=True, found=error.message, advice=error.hint)
     vouched = "the list's signature is good" if image.checksums else "the lab's file says its digest"
     large = f"{size >> 20} MiB, " if size is not None else ""
-    return Finding("download", ok=True, needed=False, found=f"{large}{vouched}, SHA-256 {digest[:16]}...")
+    return Finding("download", ok=True, needed=True, found=f"{large}{vouched}, SHA-256 {digest[:16]}...")
 
 
-def _packages(lab: Lab) -> Iterator[Finding]:
+def _packages(lab: Lab, *, needed: bool) -> Iterator[Finding]:
+    """Whether what an image is made of can be had; `needed`: there is no image yet."""
     if lab.cloud_image is not None:
-        if build.find(lab) is None:
+        if needed:
+            if (keyring := _keyring(lab)) is not None:
+                yield _key(keyring, needed=True)
             yield _download(lab.cloud_image)
         return
     try:
         assert lab.image is not None
         debian.package_sources(lab.image.suite)
     except LsmlabError as error:
-        yield Finding("Debian packages", ok=False, needed=False, found=error.message, advice=error.hint)
+        yield Finding("Debian packages", ok=False, needed=needed, found=error.message, advice=error.hint)
         return
-    yield Finding("Debian packages", ok=True, needed=False, found="from the archive that this machine's apt uses")
+    yield Finding("Debian packages", ok=True, needed=needed, found="from the archive that this machine's apt uses")

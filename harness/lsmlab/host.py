@@ -12,23 +12,35 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lsmlab.errors import HostError
 
+INSTALLERS = {"debian": "apt-get install", "fedora": "dnf install", "suse": "zypper install", "arch": "pacman -S"}
+"""By the ID of a distribution, or of one that it is like: os-release(5)."""
 PACKAGES = {
-    "qemu-system-x86_64": "qemu-system-x86",
-    "qemu-img": "qemu-utils",
-    "mmdebstrap": "mmdebstrap",
-    "mke2fs": "e2fsprogs",
-    "debugfs": "e2fsprogs",
-    "unshare": "util-linux",
-    "setpriv": "util-linux",
-    "newuidmap": "uidmap",
-    "gpg": "gpg",
-    "gpgv": "gpgv",
+    "qemu-system-x86_64": ("qemu-system-x86", "qemu-system-x86-core", "qemu-x86", "qemu-system-x86"),
+    "qemu-img": ("qemu-utils", "qemu-img", "qemu-img", "qemu-img"),
+    "mmdebstrap": ("mmdebstrap", "mmdebstrap", "", ""),
+    "mke2fs": ("e2fsprogs", "e2fsprogs", "e2fsprogs", "e2fsprogs"),
+    "debugfs": ("e2fsprogs", "e2fsprogs", "e2fsprogs", "e2fsprogs"),
+    "unshare": ("util-linux", "util-linux", "util-linux", "util-linux"),
+    "setpriv": ("util-linux", "util-linux", "util-linux", "util-linux"),
+    "newuidmap": ("uidmap", "shadow-utils", "shadow", "shadow"),
+    "gpg": ("gpg", "gnupg2", "gpg2", "gnupg"),
+    "gpgv": ("gpgv", "gnupg2", "gpg2", "gnupg"),
+    "skopeo": ("skopeo", "skopeo", "skopeo", "skopeo"),
+    "debian-archive-keyring": ("debian-archive-keyring", "debian-keyring", "", "debian-archive-keyring"),
 }
-"""The Debian package that brings each program we use."""
+"""The package that brings each program we use, and the keys of Debian's archive, in the order of INSTALLERS; empty
+where the distribution has none."""
+
+OTHER_SYSTEMS = {
+    "Darwin": ("macOS", "Run it in a Linux virtual machine on this Mac"),
+    "Windows": ("Windows", "Run it in WSL 2 (`wsl --install`), or in a Linux virtual machine"),
+}
+"""What platform.system() says, what people call it, and what to do there."""
 
 PASSING_UIDS = range(61184, 65520)
 """Ids of users that no account has: systemd's for services that come and go (https://systemd.io/UIDS-GIDS/)."""
@@ -39,19 +51,64 @@ def find(program: str) -> str | None:
     return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 
 
+def need_linux() -> None:
+    """See that this is Linux, which everything needs but what only reads and writes files.
+
+    Raises HostError that says what to do.
+    """
+    system = platform.system()
+    if system == "Linux":
+        return
+    name, advice = OTHER_SYSTEMS.get(system, (system or "another system", "Run it in a Linux virtual machine"))
+    raise HostError(f"lsmlab runs on Linux; this is {name}", hint=f"{advice}. README, Hosts, says more.")
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """What a report says of this machine."""
+
+    name: str
+    """The distribution as it calls itself, or the system."""
+    kernel: str
+    processor: str
+
+
+def system() -> System:
+    """What this machine is, Linux or not."""
+    name = os_release().get("PRETTY_NAME") or platform.system()
+    return System(name, f"{platform.system()} {platform.release()}", platform.machine())
+
+
+def os_release() -> dict[str, str]:
+    """What /etc/os-release says; empty where there is none."""
+    if platform.system() != "Linux":
+        return {}
+    try:
+        return platform.freedesktop_os_release()
+    except OSError:
+        return {}
+
+
+def to_install(*programs: str) -> str:
+    """What to do to have `programs`: this distribution's command, or their names where no package of it is known."""
+    said = os_release()
+    ids = [said.get("ID", ""), *said.get("ID_LIKE", "").split()]
+    # Red Hat's own and those built from it say that they are like Fedora, and have no qemu-system-x86_64
+    family = "" if "rhel" in ids else next((name for name in ids if name in INSTALLERS), "")
+    packages = {dict(zip(INSTALLERS, PACKAGES.get(p, ()), strict=False)).get(family, "") for p in programs}
+    if "" in packages:
+        return f"Install {', '.join(programs)} by this system's own means"
+    return f"{INSTALLERS[family]} {' '.join(sorted(packages))}"
+
+
 def need(program: str) -> str:
     """The path of `program`. Raises HostError that says what to install, or that this is no Linux."""
-    if platform.system() != "Linux":
-        raise HostError(
-            f"lsmlab runs on Linux; this is {platform.system()}",
-            hint="Run it in a Linux machine: on Windows in WSL 2, on macOS in a virtual one. README, Hosts, says more.",
-        )
+    need_linux()
     found = find(program)
     if found is None:
-        package = PACKAGES.get(program, program)
         raise HostError(
             f"{program} is not installed on this machine",
-            hint=f"Run `make setup`, or: apt-get install {package}. `lsmlab doctor` shows all that is missing.",
+            hint=f"{to_install(program)}. `lsmlab doctor` shows all that is missing.",
         )
     return found
 
@@ -65,12 +122,32 @@ def environment() -> dict[str, str]:
     return dict(os.environ)
 
 
-def need_x86(what: str) -> None:
+def is_x86() -> bool:
+    """Whether this machine's processor is of the guests' kind."""
+    return platform.machine() in {"x86_64", "AMD64"}
+
+
+def need_x86(what: str, *, hint: str = "Do it on such a machine.") -> None:
     """See that this machine can execute the programs of images. Raises HostError; `what` is not possible then."""
-    if platform.machine() not in {"x86_64", "AMD64"}:
+    if not is_x86():
         raise HostError(
-            f"{what} takes an x86-64 machine, whose programs are executed; this one is {platform.machine()}"
+            f"{what} takes an x86-64 machine, whose programs are executed; this one is {platform.machine()}", hint=hint
         )
+
+
+def need_x86_to_make(lab: str) -> None:
+    """See that the image of `lab` can be made on this processor. Raises HostError."""
+    need_x86("making an image", hint=made_elsewhere(lab))
+
+
+def made_elsewhere(lab: str) -> str:
+    """What to do where the image of `lab` cannot be made."""
+    return f"An image made elsewhere will do: `lsmlab images export {lab}` there, `lsmlab images import FILE` here."
+
+
+def on_wsl() -> bool:
+    """Whether this Linux runs in Windows."""
+    return "microsoft" in platform.release().lower()
 
 
 def version(program: str, *arguments: str) -> str:

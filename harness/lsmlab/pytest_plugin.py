@@ -115,16 +115,25 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a guest where none can boot, with the reason; fail it under --require=vm."""
     if item.get_closest_marker("lsmlab_vm") is None:
         return
-    missing = missing_programs()
-    if missing and item.config.stash[SESSION].image_is_built:
-        missing = missing_programs(build_image=False)
-    if not missing:
+    lack = _lack(item.config.stash[SESSION])
+    if not lack:
         return
-    packages = " ".join(sorted({host.PACKAGES.get(p, p) for p in missing}))
-    reason = f"no guest can boot on this machine: {', '.join(missing)} not found (apt-get install {packages})"
+    reason = f"no guest can boot on this machine: {lack}"
     if item.config.option.lsmlab_require == "vm":
         pytest.fail(f"--require=vm: {reason}", pytrace=False)
     pytest.skip(reason)
+
+
+def _lack(session: LabSession) -> str:
+    """What keeps guests from booting here, and what to do; or an empty text."""
+    try:
+        host.need_linux()
+    except LsmlabError as error:
+        return f"{error.message}. {error.hint}"
+    missing = missing_programs()
+    if missing and session.image_is_built:
+        missing = missing_programs(build_image=False)
+    return f"{', '.join(missing)} not found ({host.to_install(*missing)})" if missing else ""
 
 
 def missing_programs(*, build_image: bool = True) -> list[str]:
@@ -295,9 +304,10 @@ class LabSession:
         """
         key = (name, *packages)
         if key not in self._benches:
-            from lsmlab import bench, discovery
-
             try:
+                host.need_linux()
+                from lsmlab import bench, discovery
+
                 opened = bench.open_bench(
                     discovery.load_lab(name).with_packages(packages),
                     self._progress(),

@@ -12,9 +12,7 @@ import shutil
 import signal
 import socket
 import sys
-import termios
 import threading
-import tty
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -31,6 +29,10 @@ from lsmlab.terms import Arm
 
 if TYPE_CHECKING:
     from lsmlab.container.engine import Running
+
+with contextlib.suppress(ImportError):  # Windows has none, and opens no shell: see `host.need_linux`
+    import termios
+    import tty
 
 DETACH = b"\x1d"
 """Ctrl-]: leaves the shell, as in telnet and virsh console."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lsmlab import host
+from lsmlab import discovery, doctor, host
 from lsmlab.errors import HostError
 from lsmlab.machine import accel
 from lsmlab.machine.accel import KvmState
@@ -267,8 +267,35 @@ def test_kvm_asked_for_where_it_does_not_work(
     with pytest.raises(HostError) as caught:
         accel.choose(kernel, "kvm")
     assert caught.value.message.startswith(f"KVM was asked for, and /dev/kvm is {state}: ")
-    assert caught.value.hint == accel.ADVICE[state] != ""
-    assert len({accel.ADVICE[s] for s in KvmState}) == len(KvmState)
+    assert caught.value.hint == accel.advice(state) != ""
+    assert len({accel.advice(s) for s in KvmState}) == len(KvmState)
+
+
+def test_the_kvm_of_another_processor_is_not_worth_trying(monkeypatch: pytest.MonkeyPatch) -> None:
+    alma = discovery.load_lab("almalinux-10")
+    assert accel.worth_trying() and doctor.needs(alma)["KVM"]
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert not accel.worth_trying() and not doctor.needs(alma)["KVM"]
+
+
+@pytest.mark.parametrize(
+    ("release", "absent", "denied"),
+    [
+        ("5.15.167.4-microsoft-standard-WSL2", "nestedVirtualization=true below [wsl2] in .wslconfig", "the group kvm"),
+        ("6.12.41+deb13-amd64", "Enable virtualisation in the firmware", "then log in anew"),
+    ],
+)
+def test_who_runs_linux_in_windows_is_told_what_to_do_there(
+    kvm: Path, kernel: Path, monkeypatch: pytest.MonkeyPatch, release: str, absent: str, denied: str
+) -> None:
+    monkeypatch.setattr("platform.release", lambda: release)
+    assert denied in accel.advice(KvmState.DENIED)
+    kvm.unlink()
+    with pytest.raises(HostError) as caught:
+        accel.choose(kernel, "kvm")
+    assert absent in caught.value.hint
+    assert absent in doctor._kvm(discovery.load_lab()).advice
+    assert ("wsl --shutdown" in caught.value.hint) == ("microsoft" in release)
 
 
 def test_a_machine_without_qemu(kernel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import datetime
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -502,6 +504,35 @@ def test_doctor_says_what_is_missing_and_what_to_do(host: Host) -> None:
     assert not host.home.exists(), "doctor looks and changes nothing"
 
 
+def test_doctors_report_says_what_it_is_of(imaged: Host) -> None:
+    found, as_json = imaged.side_by_side([["doctor"], ["doctor", "--lab", "debian-13", "--json", "-"]])
+    report = json.loads(as_json.out)
+    (folder,) = (imaged.cache / "images").iterdir()
+    digest = cache.file_digest(folder / "disk.qcow2")
+    assert {k: report[k] for k in ("schema", "lab", "lsmlab", "image", "ssh")} == {
+        "schema": 1, "lab": "debian-13", "lsmlab": __version__, "image": digest, "ssh": None,
+    }  # fmt: skip
+    assert report["qemu"] == "QEMU emulator version 0.0 (a stub)"
+    assert report["host"] == {
+        "system": platform.freedesktop_os_release()["PRETTY_NAME"],
+        "kernel": f"Linux {platform.release()}",
+        "processor": platform.machine(),
+    }
+    assert abs(datetime.datetime.fromisoformat(report["date"]).timestamp() - time.time()) < 600
+    assert found.out.startswith(f"lab debian-13, lsmlab {__version__}, {report['date'][:10]}T"), found.out
+    for words in (report["host"]["system"], report["host"]["kernel"], report["qemu"], f"SHA-256 {digest[:16]}..."):
+        assert words in re.sub(r"\s+", " ", found.out)
+
+
+def test_a_machine_that_cannot_fetch_what_it_has_to_build_is_not_ready(host: Host) -> None:
+    del host.environment["LSMLAB_MIRROR"]
+    host.stub("apt-get", "exit 0")
+    packages, cloud = host.side_by_side([["doctor"], ["doctor", "--lab", "fedora-44"]])
+    assert (packages.code, cloud.code) == (3, 3)
+    assert re.search(r"^Not ready: .*Debian packages", packages.out, re.MULTILINE), packages.out
+    assert re.search(r"^Not ready: .*download", cloud.out, re.MULTILINE), cloud.out
+
+
 def test_doctor_looks_at_a_machine_over_ssh(host: Host) -> None:
     with ssh_home(host.path) as machine:
         machine.sudo_that_obeys()
@@ -509,6 +540,9 @@ def test_doctor_looks_at_a_machine_over_ssh(host: Host) -> None:
             [["doctor", "--ssh", "machine"], ["doctor", "--ssh", "machine", "--json", "-"]]
         )
     assert found.err == "", found.err
+    assert found.out.startswith(f"machine over SSH, lsmlab {__version__}, ")
+    report = json.loads(as_json.out)
+    assert (report["ssh"], report["lab"], report["lsmlab"]) == ("machine", None, __version__)
     assert re.search(r"^ok +SSH +tester at 127\.0\.0\.1 port ", found.out, re.MULTILINE), found.out
     assert re.search(r"^ok +Python +Python 3\.", found.out, re.MULTILINE), found.out
     rows = json.loads(as_json.out)["findings"]
@@ -848,6 +882,15 @@ def test_a_lab_that_was_never_proved_on_its_real_image(host: Host) -> None:
     table = host.lsmlab("labs").out
     assert re.search(r"^fedora-44 .* never +(never|\d{4}-\d\d-\d\d)$", table, re.MULTILINE)
     assert re.search(r"^mine .* never +never$", table, re.MULTILINE)
+
+
+def test_what_a_lab_needs_is_said_and_what_of_it_is_missing(host: Host) -> None:
+    (host.path / "bin" / "mmdebstrap").unlink()
+    rows = {r["id"]: r for r in json.loads(host.lsmlab("labs", "--json", "-").out)["labs"]}
+    assert {QEMU, "qemu-img", "setpriv", "x86-64 processor", "mmdebstrap", "memory"} <= set(rows["debian-13"]["needs"])
+    assert "mmdebstrap" in rows["debian-13"]["lacks"] and "setpriv" not in rows["debian-13"]["lacks"]
+    assert "mmdebstrap" not in rows["fedora-44"]["needs"] and "valid key" in rows["fedora-44"]["needs"]
+    assert "KVM" in rows["almalinux-10"]["needs"]
 
 
 @pytest.mark.parametrize("width", [80, 120])

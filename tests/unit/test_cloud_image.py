@@ -11,8 +11,8 @@ from typing import Any
 
 import pycdlib
 import pytest
-from entries import Notes, put
-from test_signed import needs_gpg
+from entries import Notes, put, put_image
+from test_signed import LATER, needs_gpg
 
 import standin
 from lsmlab import discovery, doctor, download, host, inventory, lab
@@ -168,19 +168,45 @@ def test_a_file_that_is_not_used_since_the_image_is_there_is_said(
 def test_doctor_tries_the_address_and_the_signature(address: str, folder: Path, signer: Signer, tmp_path: Path) -> None:
     (tmp_path / "key").write_bytes(signer.public)
     standin.publish(folder, "ubuntu-shaped.qcow2", UBUNTU, signer)
-    (found,) = doctor._packages(standin_lab(address, tmp_path))
+    key, found = doctor._packages(standin_lab(address, tmp_path), needed=True)
+    assert (key.ok, key.found) == (True, f"{tmp_path / 'key'}, without an end")
     assert (found.ok, found.found) == (True, f"0 MiB, the list's signature is good, SHA-256 {DIGEST[:16]}...")
     (folder / "SHA256SUMS").write_text(f"{'0' * 64} *ubuntu-shaped.qcow2\n")
-    (found,) = doctor._packages(standin_lab(address, tmp_path))
+    _, found = doctor._packages(standin_lab(address, tmp_path), needed=True)
     assert not found.ok
     assert "it is not what was signed" in found.found
 
 
+@needs_gpg
+@pytest.mark.parametrize(("until", "ok"), [("1m", False), ("50y", True)])
+def test_a_key_that_has_expired_is_lacking(folder: Path, tmp_path: Path, until: str, *, ok: bool) -> None:
+    old = Signer.make(tmp_path / "old", *LATER, until=until)
+    try:
+        (tmp_path / "key").write_bytes(old.public)
+    finally:
+        old.close()
+    made = standin_lab("http://127.0.0.1:1", tmp_path)
+    key, _ = doctor._packages(made, needed=True)
+    assert (key.what, key.ok, key.needed, doctor.needs(made)["valid key"]) == ("key", ok, True, ok)
+    if not ok:
+        assert key.found.endswith("/key: expired on 2020-01-31")
+        assert f"present key into {tmp_path / 'key'}" in key.advice
+    (tmp_path / "key").unlink()
+    assert doctor.needs(made)["valid key"] is False
+    put_image(made)
+    assert "valid key" not in doctor.needs(made), "it vouches for a download alone"
+
+
 def test_doctor_says_that_the_file_is_not_there(address: str, folder: Path, tmp_path: Path) -> None:
     (folder / "ubuntu-shaped.qcow2").unlink()
-    (found,) = doctor._packages(standin_lab(address, tmp_path, checksums=None, sha256=DIGEST))
-    assert (found.ok, found.needed) == (False, False)
-    assert "the server says 404" in found.found
+    made = standin_lab(address, tmp_path, checksums=None, sha256=DIGEST)
+    found = {f.what: f for f in doctor.examine(made)}
+    assert (found["download"].ok, found["download"].needed) == (False, True)
+    assert "the server says 404" in found["download"].found
+    advice = found["image standin"].advice
+    assert "`lsmlab images build standin`" in advice and "some hundred MiB" in advice and "a minute" not in advice
+    put_image(made)
+    assert "download" not in {f.what for f in doctor.examine(made)}, "nothing is left to be fetched"
 
 
 # What a guest says
@@ -304,8 +330,8 @@ def test_a_lab_that_emulation_cannot_run_says_so(monkeypatch: pytest.MonkeyPatch
     for wanted in ("tcg", "auto"):
         with pytest.raises(HostError, match="lab almalinux-10 needs KVM"):
             cloud.make(alma, tmp_path, "t", Silent(), wanted, None)
-    assert "KVM" in doctor.lacking(alma)
-    assert "KVM" not in doctor.lacking(discovery.load_lab("fedora-44"))
+    assert doctor.needs(alma)["KVM"] is False
+    assert "KVM" not in doctor.needs(discovery.load_lab("fedora-44"))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 import typer.main
 from pydantic import BaseModel
 
-from lsmlab import definition, discovery, pytest_plugin, scenario
+from lsmlab import definition, discovery, doctor, pytest_plugin, scenario
 from lsmlab.cli.base import app
 from lsmlab.errors import DefinitionError
 from lsmlab.scenario import Scenario
@@ -342,6 +342,13 @@ def anchors(text: str) -> set[str]:
     """The anchors that GitHub gives the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def test_what_a_cloud_lab_needs_is_named_as_doctor_looks_for_it() -> None:
+    (said,) = re.findall(r"Root is not needed, nor anything on\s+this machine but ([^.]+)\.", PAGES["README.md"])
+    programs = {name for name, _, _ in (*doctor.TO_RUN, *doctor.TO_PREPARE)}
+    assert said.startswith("QEMU")
+    assert set(re.findall(r"`(\w+)`", said)) == {name for name in programs if not name.startswith("qemu")}
 
 
 # A way to be gone

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from entries import put_image
 
 from lsmlab import discovery, doctor, host
 from lsmlab.errors import HostError
@@ -95,25 +96,82 @@ def test_doctor_tells_where_guests_stay_root(tmp_path: Path, monkeypatch: pytest
     assert not denied.ok and denied.found.startswith("root") and "ordinary user" in denied.advice
 
 
-@pytest.mark.parametrize(("system", "ok"), [("Linux", True), ("Darwin", False), ("Windows", False)])
+@pytest.mark.parametrize(
+    ("system", "name"), [("Linux", ""), ("Darwin", "macOS"), ("Windows", "Windows"), ("FreeBSD", "FreeBSD")]
+)
 def test_another_system_is_told_before_a_program_is_missed(
-    monkeypatch: pytest.MonkeyPatch, system: str, *, ok: bool
+    monkeypatch: pytest.MonkeyPatch, system: str, name: str
 ) -> None:
     monkeypatch.setattr(platform, "system", lambda: system)
-    if ok:
+    if not name:
         assert host.need("sh")
         return
-    with pytest.raises(HostError, match=f"lsmlab runs on Linux; this is {system}"):
+    with pytest.raises(HostError, match=f"lsmlab runs on Linux; this is {name}") as caught:
         host.need("no-such-program")
+    assert "a Linux virtual machine" in caught.value.hint
 
 
-def test_an_image_is_not_built_on_another_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+OPENSUSE = {"ID": "opensuse-leap", "ID_LIKE": "suse opensuse"}
+ALMA = {"ID": "almalinux", "ID_LIKE": "rhel centos fedora"}
+
+
+@pytest.mark.parametrize(
+    ("said", "programs", "advice"),
+    [
+        ({"ID": "debian"}, [QEMU], "apt-get install qemu-system-x86"),
+        ({"ID": "ubuntu", "ID_LIKE": "debian"}, ["setpriv", "unshare"], "apt-get install util-linux"),
+        ({"ID": "linuxmint", "ID_LIKE": "ubuntu debian"}, ["gpgv"], "apt-get install gpgv"),
+        ({"ID": "fedora"}, [QEMU, "qemu-img"], "dnf install qemu-img qemu-system-x86-core"),
+        (OPENSUSE, [QEMU, "qemu-img"], "zypper install qemu-img qemu-x86"),
+        (OPENSUSE, ["mmdebstrap"], "Install mmdebstrap by this system's own means"),
+        ({"ID": "manjaro", "ID_LIKE": "arch"}, [QEMU, "gpgv"], "pacman -S gnupg qemu-system-x86"),
+        (ALMA, [QEMU, "qemu-img"], f"Install {QEMU}, qemu-img by this system's own means"),
+        ({"ID": "gentoo"}, ["setpriv"], "Install setpriv by this system's own means"),
+        ({}, ["setpriv"], "Install setpriv by this system's own means"),
+        ({"ID": "debian"}, ["no-such-program"], "Install no-such-program by this system's own means"),
+    ],
+)
+def test_what_to_install_is_said_as_the_distribution_calls_it(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, str], programs: list[str], advice: str
+) -> None:
+    monkeypatch.setattr(host, "os_release", lambda: said)
+    assert host.to_install(*programs) == advice
+
+
+def test_what_is_missing_is_said_so_by_errors_and_by_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "os_release", lambda: OPENSUSE)
+    monkeypatch.setattr(host, "find", lambda _: None)
+    with pytest.raises(HostError) as caught:
+        host.need(QEMU)
+    assert caught.value.hint.startswith("zypper install qemu-x86. ")
+    assert doctor._program(QEMU, "--version", "runs the guests").advice == "zypper install qemu-x86"
+
+
+def test_each_program_has_a_package_of_each_distribution() -> None:
+    programs = {name for name, _, _ in (*doctor.TO_RUN, *doctor.TO_BUILD, *doctor.TO_PREPARE)}
+    assert {*programs, "newuidmap"} <= set(host.PACKAGES)
+    assert {len(row) for row in host.PACKAGES.values()} == {len(host.INSTALLERS)}
+
+
+@pytest.mark.parametrize("name", ["debian-13", "fedora-44"])
+def test_an_image_is_not_made_on_another_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     monkeypatch.setenv("LSMLAB_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    lab = discovery.load_lab(name)
     with pytest.raises(HostError) as caught:
-        build.ensure(discovery.load_lab("debian-13"), Silent())
-    assert "takes an x86-64 machine, whose programs are executed; this one is aarch64" in caught.value.message
-    assert "`lsmlab images import` here" in caught.value.hint
+        build.ensure(lab, Silent())
+    assert caught.value.message == (
+        "making an image takes an x86-64 machine, whose programs are executed; this one is aarch64"
+    )
+    assert f"`lsmlab images export {name}` there, `lsmlab images import FILE` here" in caught.value.hint
+    (found,) = [f for f in doctor.examine(lab) if f.what == "processor"]
+    assert (found.ok, found.needed, found.found) == (False, True, caught.value.message)
+    assert found.advice == caught.value.hint
+    assert doctor.needs(lab)["x86-64 processor"] is False
+    put_image(lab)
+    assert "x86-64 processor" not in doctor.needs(lab), "an image that was imported is run"
+    (found,) = [f for f in doctor.examine(lab) if f.what == "processor"]
+    assert (found.ok, found.needed) == (False, False)
 
 
 def test_a_program_starts_while_the_environment_is_changed() -> None:

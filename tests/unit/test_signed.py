@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lsmlab import host
 from lsmlab.errors import DamagedError, HostError, ImageError, LsmlabError
 from lsmlab.image import signed
 from standin import Signer
 
+KEYS = Path(__file__).resolve().parents[2] / "labs" / "keys"
+LEAST = 500
+"""Bytes of a key before its own words of it."""
 DIGEST = "ab" * 32
 TEXT = f"{DIGEST} *disk.img\n".encode()
 LATER = ("--faked-system-time", "20200101T000000!")
@@ -101,6 +109,44 @@ def test_an_expired_key_is_refused(tmp_path: Path) -> None:
 
 
 @needs_gpg
+def test_when_keys_expire_is_read_as_gnupg_reads_it(signer: Signer, tmp_path: Path) -> None:
+    other = Signer.make(tmp_path / "other", until="10y")
+    try:
+        other.gpg("--import", stdin=signer.public)
+        (tmp_path / "first").write_bytes(other.gpg("--export"))
+        for wanted in ("1y", "20y"):  # the newest of a key's own words counts
+            other.gpg("--faked-system-time", "20300101T000000", "--quick-set-expire", fingerprint(other), wanted)
+            (tmp_path / wanted).write_bytes(other.gpg("--armor", "--export", fingerprint(other)))
+    finally:
+        other.close()
+    keys = [*sorted(KEYS.glob("*.asc")), tmp_path / "first", tmp_path / "1y", tmp_path / "20y"]
+    found = {key.name: signed.expiry(key) for key in keys}
+    for key in keys:
+        listed = signer.gpg("--with-colons", "--show-keys", str(key)).decode().splitlines()
+        ends = [line.split(":")[6] for line in listed if line.startswith("pub:")]
+        wanted_end = None if "" in ends else datetime.datetime.fromtimestamp(max(map(int, ends)), datetime.UTC)
+        assert found[key.name] == wanted_end, key
+    assert found["first"] is None, "one of its two keys has no end"
+    assert found["opensuse.asc"] is not None and found["1y"] is not None
+    assert found["20y"] is not None and found["20y"] > found["1y"]
+
+
+def fingerprint(signer: Signer) -> str:
+    listed = signer.gpg("--with-colons", "--list-secret-keys").decode().splitlines()
+    return next(line.split(":")[9] for line in listed if line.startswith("fpr:"))
+
+
+@given(st.binary(max_size=200), st.integers(0, 900))
+def test_of_what_is_no_key_nothing_is_said(noise: bytes, cut: int) -> None:
+    key = signed._keys(KEYS / "opensuse.asc")
+    with tempfile.NamedTemporaryFile() as file:
+        for content in (noise, key[:cut] + noise):
+            Path(file.name).write_bytes(content)
+            with contextlib.suppress(ImageError):
+                assert signed.expiry(Path(file.name)) is None or cut > LEAST
+
+
+@needs_gpg
 @pytest.mark.parametrize("text", [b"", TEXT, b"-----BEGIN PGP SIGNED MESSAGE-----\nHash: SHA256\n\n" + TEXT])
 def test_a_list_without_a_signature_is_refused(keyring: Path, text: bytes) -> None:
     assert isinstance(refused(text, None, keyring), DamagedError)
@@ -117,7 +163,7 @@ def test_a_keyring_that_is_none_is_refused(signer: Signer, tmp_path: Path) -> No
 
 
 def test_the_keys_that_come_with_lsmlab_are_keys() -> None:
-    keys = sorted((Path(__file__).resolve().parents[2] / "labs" / "keys").glob("*.asc"))
+    keys = sorted(KEYS.glob("*.asc"))
     assert len(keys) >= 4
     for key in keys:
         assert signed._keys(key)[0] & 0x80, f"{key}: an OpenPGP packet begins with bit 7"

@@ -32,8 +32,9 @@ def _interrupt(number: int, _frame: object) -> NoReturn:
 
 def main() -> NoReturn:
     """The program. Ends the process with an exit code of `EPILOG`."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows, where the help and the like work, has no SIGHUP
+            signal.signal(getattr(signal, name), _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII console shows a guest's text all the same

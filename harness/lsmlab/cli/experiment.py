@@ -45,6 +45,7 @@ from lsmlab.cli.base import (
     write_json,
 )
 from lsmlab.errors import DefinitionError
+from lsmlab.host import need_linux
 from lsmlab.lab import Lab
 from lsmlab.outcome import Outcome, Report
 from lsmlab.progress import Progress
@@ -107,6 +108,7 @@ def run_command(
 
         lsmlab run container-reads-host-shadow --lab ssh:localhost --allow-changes
     """
+    need_linux()
     see_json_target(json_file)
     accelerator_of(accel)
     found, limits = discovery.load_scenarios(scenarios or ()), frameworks_of(framework)
@@ -278,6 +280,7 @@ def try_command(
 
         lsmlab try --as nginx --root --access write -- touch /etc/cron.d/persist
     """
+    need_linux()
     see_json_target(json_file)
     known("access", access, ["read", "write", "execute"])
     if profile is not None and not profile.is_file():

@@ -22,6 +22,7 @@ from lsmlab.cli.base import (
     scenario_names,
 )
 from lsmlab.errors import DefinitionError
+from lsmlab.host import need_linux
 from lsmlab.store import Store
 from lsmlab.terms import ENFORCING_ARM, Arm
 
@@ -48,6 +49,7 @@ def shell_command(
 
         lsmlab shell debian-12 --arm selinux-permissive -- id -Z
     """
+    need_linux()
     accelerator_of(accel)
     machine, where = discovery.load_lab(lab), arm_of(arm)
     need_arm(machine.arms, where, f"lab {lab}")
@@ -102,6 +104,7 @@ def rewind_command(
 
         lsmlab rewind 12 --arm selinux-enforcing -- ls -Z /etc/shadow
     """
+    need_linux()
     accelerator_of(accel)
     number, kept = Store().get(outcome)
     where = arm_of(arm) if arm else ENFORCING_ARM[kept.framework]

@@ -36,6 +36,7 @@ from lsmlab.cli.base import (
     write_json,
 )
 from lsmlab.errors import DefinitionError
+from lsmlab.host import need_linux
 from lsmlab.image import archive, build
 from lsmlab.lab import Lab
 from lsmlab.report import tables, trials
@@ -47,7 +48,8 @@ def labs_command(json_file: JsonOption = None) -> None:
     """List the labs: kinds of machine, their frameworks, whether this machine can run them, and whether it has.
 
     "seen" is when an outcome in the store was last as expected. "real image" is for labs whose distribution publishes
-    one: when the flagship last was as expected on it, by the record of scheduled runs that comes with lsmlab.
+    one: when the flagship last was as expected on it, by the record of scheduled runs that comes with lsmlab. What each
+    lab needs of this machine is in --json, there or not; what is missing is in the table as well.
     """
     see_json_target(json_file)
     store = Store(paths.state() / "outcomes.sqlite")
@@ -57,14 +59,15 @@ def labs_command(json_file: JsonOption = None) -> None:
     for name in discovery.labs().ids:
         machine = discovery.load_lab(name)
         image = build.find(machine)
+        needs = doctor.needs(machine)
         rows.append(
             {
                 "id": machine.id, "title": machine.title, "frameworks": [f.value for f in machine.frameworks],
                 "services": sorted(machine.services), "memory_mib": machine.memory_mib,
                 "engine": machine.engine.kind if machine.engine else None,
                 "image": f"built {image.built[:10]}" if image else "not built",
-                "lacks": doctor.lacking(machine), "seen": proven.get(machine.id),
-                "real_image": _proved(on_real_images, machine),
+                "needs": list(needs), "lacks": [what for what, there in needs.items() if not there],
+                "seen": proven.get(machine.id), "real_image": _proved(on_real_images, machine),
             }
         )  # fmt: skip
     if json_file is not None:
@@ -99,6 +102,7 @@ def images_command(context: typer.Context, json_file: JsonOption = None) -> None
 @images_app.command("list")
 def images_list(json_file: JsonOption = None) -> None:
     """List built images and saved guests: size, age, last use, whether a run would take them, whether one does now."""
+    need_linux()
     see_json_target(json_file)
     entries = inventory.entries()
     if json_file is not None:
@@ -131,6 +135,7 @@ def images_build(
 
         lsmlab images build fedora-44 --image Fedora-Cloud-Base-Generic-44-1.7.x86_64.qcow2
     """
+    need_linux()
     machines = [discovery.load_lab(name) for name in labs]
     if image is not None and len(machines) > 1:
         raise DefinitionError(f"--image {image}: of which lab? Name one")
@@ -161,6 +166,7 @@ def images_export(
 
         lsmlab images export debian-13 debian-13.image.tar.gz
     """
+    need_linux()
     machine = discovery.load_lab(lab)
     target = file or archive.default_name(machine)
     need_writable(target, str(target))
@@ -184,6 +190,7 @@ def images_import(
 
         lsmlab images import https://example.org/debian-13.image.tar.gz --sha256 9f2b...
     """
+    need_linux()
     if sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise DefinitionError(
             f"--sha256 {sha256}: expected 64 hexadecimal digits", hint="`sha256sum FILE` prints them."
@@ -202,6 +209,7 @@ def images_prune(
     everything: Annotated[bool, typer.Option("--all", help="Also what is current.")] = False,
 ) -> None:
     """Delete what no run would use any more. What a run uses at this moment is kept."""
+    need_linux()
     pruned = inventory.prune(everything=everything)
     for entry in pruned.removed:
         print(f"removed {entry.kind} {entry.name} ({entry.mib} MiB)")
@@ -238,8 +246,10 @@ def doctor_command(
 ) -> None:
     """Say what this machine has and lacks for running a lab, and what to do; or another one for being a lab.
 
-    Nothing is changed. Over SSH your own ~/.ssh/config, known_hosts and keys count, and nothing is asked; the agent is
-    root on that machine, by sudo if need be, for as long as the look takes.
+    Nothing is changed. With --json it is a report to send along with a fault: it names lab, lsmlab, system and QEMU.
+
+    Over SSH your own ~/.ssh/config, known_hosts and keys count, and nothing is asked; the agent is root on that
+    machine, by sudo if need be, for as long as the look takes.
 
     Examples:
 
@@ -251,18 +261,23 @@ def doctor_command(
     """
     see_json_target(json_file)
     if ssh is None:
-        findings, ready = doctor.examine(discovery.load_lab(lab or discovery.DEFAULT_LAB)), "lsmlab can run here"
+        machine = discovery.load_lab(lab or discovery.DEFAULT_LAB)
+        about = doctor.circumstances(machine)
+        findings, ready = doctor.examine(machine), "lsmlab can run here"
     else:
+        need_linux()
         labs = [discovery.load_lab(name) for name in ([lab] if lab else discovery.labs().ids)]
+        about = doctor.circumstances(None)
         findings = _surveyed(ssh, {service.unit for one in labs for service in one.services.values()})
         ready = f"{ssh} lacks nothing that a lab needs"
     if json_file is not None:
         rows = [
             {"what": f.what, "ok": f.ok, "needed": f.needed, "found": f.found, "advice": f.advice} for f in findings
         ]
-        write_json(json.dumps({"schema": 1, "findings": rows}, indent=1) + "\n", json_file)
+        write_json(json.dumps({"schema": 1, **about, "ssh": ssh, "findings": rows}, indent=1) + "\n", json_file)
     else:
-        console().print(trials.findings_table(findings, ready))
+        of = f"lab {about['lab']}" if ssh is None else f"{ssh} over SSH"
+        console().print(trials.findings_table(findings, ready, f"{of}, lsmlab {about['lsmlab']}, {about['date']}"))
     raise typer.Exit(ERROR if any(f.needed and not f.ok for f in findings) else AS_EXPECTED)
 
 
@@ -292,6 +307,7 @@ def undo_command(
 
         lsmlab undo vagrant:default
     """
+    need_linux()
     from lsmlab import ssh_lab  # noqa: PLC0415 - paramiko takes longer to load than most commands run
 
     done = ssh_lab.undo(host_of(host) or host, force=force)

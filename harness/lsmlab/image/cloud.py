@@ -80,7 +80,7 @@ def make(lab: Lab, work: Path, task: str, progress: Progress, accelerator: str, 
 
     image = lab.cloud_image
     assert image is not None
-    host.need_x86("preparing an image")
+    host.need_x86_to_make(lab.id)
     accelerators = accel.to_try(lab, accelerator)
     host.need(QEMU)
     host.need("qemu-img")

@@ -126,7 +126,7 @@ def _fetch(reference: str, work: Path, progress: Progress, task: str) -> None:
     if program is None:
         raise HostError(
             f"skopeo is not installed on this machine, and {reference} is fetched with it",
-            hint="Debian, Ubuntu: apt-get install skopeo. Only scenarios that name an image of a registry need it.",
+            hint=f"{host.to_install('skopeo')}. Only scenarios that name an image of a registry need it.",
         )
     shown = f"{spec.host_of(reference)}/...@sha256:{spec.digest_in(reference)[:12]}"
     plain = ["--src-tls-verify=false"] if spec.is_loopback(reference) else []

@@ -72,15 +72,13 @@ def see_what_a_tree_needs(what: str) -> None:
 
 def _see_what_a_build_needs(lab: Lab) -> None:
     """Raises HostError that says what to do, here or elsewhere."""
+    host.need_x86_to_make(lab.id)
     try:
         for program in ("mke2fs", "debugfs", "qemu-img"):
             host.need(program)
         see_what_a_tree_needs("building an image")
     except HostError as error:
-        elsewhere = (
-            f"Or take an image built elsewhere: `lsmlab images export {lab.id}` there, `lsmlab images import` here."
-        )
-        raise HostError(error.message, hint=f"{error.hint}\n  {elsewhere}".strip()) from error
+        raise HostError(error.message, hint=f"{error.hint}\n  {host.made_elsewhere(lab.id)}") from error
 
 
 def _bring(folder: Path, into: Path) -> None:
@@ -142,7 +140,7 @@ def package_sources(suite: str) -> list[str]:
             hint="Run `apt-get update`, or set LSMLAB_MIRROR to the address of a Debian archive.",
         )
     if not KEYRING.exists():
-        raise HostError(f"{KEYRING} is missing", hint="Run `make setup`, or: apt-get install debian-archive-keyring.")
+        raise HostError(f"{KEYRING} is missing", hint=f"{host.to_install('debian-archive-keyring')}.")
     option = f"[signed-by={KEYRING}]"
     sources = [f"deb {option} {archive} {suite} main", f"deb {option} {archive} {suite}-updates main"]
     if security:

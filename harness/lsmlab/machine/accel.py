@@ -46,6 +46,20 @@ ADVICE = {
 }
 
 
+WSL_ADVICE = {
+    KvmState.ABSENT: "In WSL 2 on Windows 11: put nestedVirtualization=true below [wsl2] in .wslconfig in your Windows "
+    "home, run `wsl --shutdown` in Windows, and open WSL anew.",
+    KvmState.DENIED: "Add yourself to the group kvm: sudo usermod --append --groups kvm $USER; let systemd give that "
+    "group the device: systemd=true below [boot] in /etc/wsl.conf; run `wsl --shutdown` in Windows, and open WSL anew.",
+}
+"""In place of the same in ADVICE where this Linux runs in Windows: it has no firmware, and nobody logs in."""
+
+
+def advice(state: KvmState) -> str:
+    """What to do about KVM on this machine; empty where it works."""
+    return (WSL_ADVICE if host.on_wsl() else {}).get(state, ADVICE[state])
+
+
 @dataclass(frozen=True, slots=True)
 class Acceleration:
     """The choice, and why."""
@@ -75,7 +89,7 @@ def choose(kernel: Path, wanted: str = "auto") -> Acceleration:
     if state is KvmState.PROVEN:
         return Acceleration("kvm", state, detail)
     if wanted == "kvm":
-        raise HostError(f"KVM was asked for, and /dev/kvm is {state}: {detail}", hint=ADVICE[state])
+        raise HostError(f"KVM was asked for, and /dev/kvm is {state}: {detail}", hint=advice(state))
     return Acceleration("tcg", state, detail)
 
 
@@ -135,12 +149,13 @@ def kvm_needed(lab: str) -> HostError:
 
 
 def worth_trying() -> bool:
-    """Whether KVM may work for a guest whose kernel is not known yet: it opens, and nothing broke under it here."""
+    """Whether KVM may work for a guest whose kernel is not known yet: it opens, is for guests of our kind, and nothing
+    broke under it here."""
     try:
         entries = [e for e in json.loads(_file().read_text("utf-8")).values() if e[2:] == [_boot_id()]]
     except (OSError, ValueError, TypeError, AttributeError):
         entries = []
-    return device_state() is None and all(entry[0] != KvmState.BROKEN for entry in entries)
+    return host.is_x86() and device_state() is None and all(entry[0] != KvmState.BROKEN for entry in entries)
 
 
 def to_try(lab: Lab, wanted: str) -> tuple[str, ...]:

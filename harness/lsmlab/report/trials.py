@@ -51,7 +51,7 @@ def trial_table(question: Question, lab: Lab, answers: Sequence[TrialArm]) -> Re
     return Group(*parts)
 
 
-def findings_table(findings: Sequence[Finding], ready: str = "lsmlab can run here") -> RenderableType:
+def findings_table(findings: Sequence[Finding], ready: str, heading: str) -> RenderableType:
     """What `doctor` found, with what to do below each lack; `ready` says what is possible where nothing lacks."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
@@ -67,4 +67,4 @@ def findings_table(findings: Sequence[Finding], ready: str = "lsmlab can run her
         table.add_row(mark, Text(finding.what), body)
     lacking = [f.what for f in findings if f.needed and not f.ok]
     end = f"Not ready: {', '.join(lacking)}." if lacking else f"Ready: {ready}."
-    return Group(table, Text(f"\n{end}", style="bold"))
+    return Group(Text(f"{clean(heading)}\n"), table, Text(f"\n{end}", style="bold"))
