@@ -84,7 +84,7 @@ def circumstances(lab: Lab | None) -> dict[str, Any]:
 
 
 def needs(lab: Lab) -> dict[str, bool]:
-    """What this machine has to have to run `lab`, in few words each, and whether it has. Starts no program."""
+    """What this machine has to have to run `lab`, in few words each, and whether it has. Asks gpg of keys."""
     if not _system().ok:
         return {"Linux": False}
     found = {name: host.find(name) is not None for name, _, _ in TO_RUN}

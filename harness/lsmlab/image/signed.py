@@ -5,10 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import datetime
-import hashlib
 import re
 import subprocess
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 
 from lsmlab import cache, host
@@ -29,12 +28,6 @@ REFUSALS = {
     "EXPSIG": "the signature has expired",
 }
 """gpgv's words, and what they mean: doc/DETAILS of GnuPG."""
-_KEY, _SIGNATURE = 6, 2
-"""Packets of OpenPGP, of version 4: RFC 4880, 5.2.3 and 5.5.2."""
-_BY_ITSELF = frozenset({0x10, 0x11, 0x12, 0x13, 0x1F})
-"""Signatures by which a key says something of itself."""
-_MADE, _VALID_FOR, _ISSUER = 2, 9, 16
-"""What they say: when they were made, the seconds that the key is valid from its making, and whose they are."""
 
 
 def verified(what: str, text: bytes, signature: bytes | None, keyring: Path) -> str:
@@ -89,74 +82,21 @@ def present_key(keyring: Path) -> str:
 
 
 def expiry(keyring: Path) -> datetime.datetime | None:
-    """When the last of the keys in a file expires, as they say themselves; None: never, or nobody can tell.
+    """When the last of the keys in a file expires, as gpg lists them; None: never, or nobody can tell.
 
     For a warning before a download: nothing is verified here, which gpgv does. Raises HostError, ImageError.
     """
-    try:
-        ends = list(_ends(_keys(keyring)))
-    except (LookupError, ValueError, OverflowError):
+    keys, gpg = _keys(keyring), host.find("gpg")
+    if gpg is None:
         return None
-    return max((end for end in ends if end is not None), default=None) if None not in ends else None
-
-
-def _ends(data: bytes) -> Iterator[datetime.datetime | None]:
-    """When each key expires; None: never."""
-    key, newest, valid_for = b"", -1, 0
-    for tag, body in [*_packets(data), (_KEY, b"")]:
-        if tag == _KEY:
-            if key:
-                end = int.from_bytes(key[1:5]) + valid_for
-                yield datetime.datetime.fromtimestamp(end, datetime.UTC) if valid_for else None
-            key, newest, valid_for = body, -1, 0
-        elif tag == _SIGNATURE and body[0] == key[0] == 4 and body[1] in _BY_ITSELF:
-            said = _said(body)
-            made = int.from_bytes(said[_MADE])
-            if said.get(_ISSUER) == _key_id(key) and made > newest:
-                newest, valid_for = made, int.from_bytes(said.get(_VALID_FOR, b""))
-
-
-def _packets(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Tag and body of each packet."""
-    at = 0
-    while at < len(data):
-        first = data[at]
-        if first & 0x40:
-            tag, (size, begin) = first & 0x3F, _size(data, at + 1, 223)
-        else:
-            octets = 1 << (first & 3)
-            tag, begin = first >> 2 & 0xF, at + 1 + octets
-            size = int.from_bytes(data[at + 1 : begin])
-        yield tag, data[begin : begin + size]
-        at = begin + size
-
-
-def _size(data: bytes, at: int, most_in_two: int) -> tuple[int, int]:
-    """A length in one, two or five octets, and where what it is of begins: RFC 4880, 4.2.2."""
-    first = data[at]
-    if first < 192:
-        return first, at + 1
-    if first <= most_in_two:
-        return (first - 192 << 8) + data[at + 1] + 192, at + 2
-    return int.from_bytes(data[at + 1 : at + 5]), at + 5
-
-
-def _said(signature: bytes) -> dict[int, bytes]:
-    """The parts of a signature, by their type: those that it covers, and where they lack, those beside it."""
-    found: dict[int, bytes] = {}
-    at = 4
-    for _ in range(2):
-        at, end = at + 2, at + 2 + int.from_bytes(signature[at : at + 2])
-        while at < end:
-            size, begin = _size(signature, at, 254)
-            found.setdefault(signature[begin] & 0x7F, signature[begin + 1 : begin + size])
-            at = begin + size
-    return found
-
-
-def _key_id(key: bytes) -> bytes:
-    digest = hashlib.sha1(b"\x99" + len(key).to_bytes(2) + key, usedforsecurity=False)
-    return digest.digest()[-8:]
+    with tempfile.TemporaryDirectory() as home:  # of its own: nothing is read from the user's, or written there
+        argv = [gpg, "--batch", "--no-autostart", "--homedir", home, "--with-colons", "--show-keys"]
+        done = subprocess.run(argv, env=host.environment(), input=keys, capture_output=True, timeout=60, check=False)
+    listed = [line.split(":") for line in done.stdout.decode("utf-8", "replace").splitlines()]
+    ends = [fields[6] for fields in listed if fields[0] == "pub"]
+    if not ends or not all(end.isdigit() for end in ends):  # empty: without an end
+        return None
+    return datetime.datetime.fromtimestamp(max(map(int, ends)), datetime.UTC)
 
 
 def _keys(keyring: Path) -> bytes:
