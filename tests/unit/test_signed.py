@@ -117,7 +117,7 @@ def test_when_keys_expire(signer: Signer, tmp_path: Path) -> None:
         other.close()
     found = {name: signed.expiry(tmp_path / name) for name in ("first", "1y", "20y")}
     assert found["first"] is None, "one of its two keys has no end"
-    assert [found[name] and found[name].year for name in ("1y", "20y")] == [2031, 2049]
+    assert [str(found[name])[:4] for name in ("1y", "20y")] == ["2031", "2049"]
     assert signed.expiry(KEYS / "opensuse.asc") == datetime.datetime(2026, 6, 19, 14, 3, 14, tzinfo=datetime.UTC)
     assert signed.expiry(KEYS / "fedora-44.asc") is None
 
