@@ -54,6 +54,16 @@ class Machine(ScriptedChannel):
         return cast("SshChannel", self)
 
 
+class Notes(Silent):
+    """Keeps what a person is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 @pytest.fixture
 def reach(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], ssh_lab.Found]:
     """Reaches a machine of a test's own."""
@@ -140,16 +150,55 @@ def test_the_names_of_services_are_the_fitting_lab_s(reach: Reach) -> None:
         ('ID="opensuse-leap"\nVERSION_ID="16.0"\n', "opensuse-16.0"),
     ):  # fmt: skip
         assert ssh_lab.lab_for(reach(Machine(("cat /etc/os-release", said(said_there)))), None).id == wanted
-    for near in ("ID=debian\nVERSION_ID=130\n", "ID=debian\n", "VERSION_ID=13\n", "ID=almalinux\nVERSION_ID=9.6\n"):
-        with pytest.raises(DefinitionError, match="no lab is for"):
-            ssh_lab.lab_for(reach(Machine(("cat /etc/os-release", said(near)))), None)
     strange = Machine(("cat /etc/os-release", said('ID=gentoo\nPRETTY_NAME="Gen\x1btoo"\n')))
     with pytest.raises(DefinitionError, match="no lab is for Gen") as caught:
         ssh_lab.lab_for(reach(strange), None)
     assert "--names LAB" in caught.value.hint and ", debian-12, debian-13, " in caught.value.hint
     assert ssh_lab.lab_for(reach(strange), "debian-12").id == "debian-12"
-    with pytest.raises(DefinitionError, match="no lab is for an unknown system"):
-        ssh_lab.lab_for(reach(Machine(("cat /etc/os-release", said(code=1)))), None)
+    for unknown in (said(code=1), said("VERSION_ID=13\n"), said("ID=\nVERSION_ID=13\n")):
+        with pytest.raises(DefinitionError, match="no lab is for an unknown system"):
+            ssh_lab.lab_for(reach(Machine(("cat /etc/os-release", unknown))), None)
+
+
+@pytest.mark.parametrize(
+    ("release", "wanted"),
+    [
+        ("ID=fedora\nVERSION_ID=43", "fedora-44"),  # all of its labs are newer
+        ("ID=debian\nVERSION_ID=14", "debian-13"),
+        ("ID=debian\nVERSION_ID=130", "debian-13"),
+        ("ID=debian\nVERSION_ID=9", "debian-12"),
+        ('ID=ubuntu\nVERSION_ID="24.10"', "ubuntu-24.04"),
+        ('ID=ubuntu\nVERSION_ID="26.10"', "ubuntu-26.04"),
+        ("ID=almalinux\nVERSION_ID=9.6", "almalinux-10"),
+        ("ID=debian", "debian-13"),  # testing has no number
+    ],
+)
+def test_without_a_lab_of_the_release_the_nearest_is_taken_and_said(reach: Reach, release: str, wanted: str) -> None:
+    found = reach(Machine(("cat /etc/os-release", said(f"{release}\nPRETTY_NAME='This One'\n"))))
+    lab = ssh_lab.lab_for(found, None)
+    words = f"{wanted}, whose names and expectations were not written for This One"
+    assert (lab.id, ssh_lab.names_of(found, lab)) == (wanted, words)
+    bench = ssh_lab.SshBench("web1", found, lab, CHANGES, Silent())
+    assert bench.environment.names == words
+
+
+def test_the_lab_that_fits_or_was_asked_for_is_named_in_the_outcome(reach: Reach) -> None:
+    found = reach(Machine())
+    bench = ssh_lab.SshBench("web1", found, ssh_lab.lab_for(found, None), CHANGES, Silent())
+    assert bench.environment.names == "debian-13"
+    asked_for = ssh_lab.names_of(found, ssh_lab.lab_for(found, "debian-12"))
+    assert asked_for == "debian-12, whose names and expectations were not written for Debian GNU/Linux 13 (trixie)"
+
+
+def test_whose_names_hold_is_said_before_leave_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = said("ID=debian\nVERSION_ID=14\nPRETTY_NAME='Debian 14'\n")
+    there = Machine(("cat /etc/os-release", release))
+    monkeypatch.setattr(ssh_lab, "open_ssh", lambda *_: there)
+    progress = Notes()
+    with pytest.raises(DefinitionError, match="--allow-changes"):
+        next(experiment._outcomes_there("web1", [FLAGSHIP], None, None, False, progress))
+    (note,) = progress.notes
+    assert "of lab debian-13, whose names and expectations were not written for Debian 14" in note
 
 
 def test_the_weaker_control_is_what_every_case_is_compared_with(reach: Reach) -> None:
