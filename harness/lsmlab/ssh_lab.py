@@ -307,7 +307,10 @@ class SshBench:
         """The error of a machine that is not known to be as it was; None where it is."""
         if not self._problem:
             return None
-        return MachineError(f"{self._host}: not all was undone: {self._problem}", hint=undo_hint(self._host))
+        return MachineError(
+            f"{self._host} may still be changed, after a reboot too, since not all was undone: {self._problem}",
+            hint=undo_hint(self._host),
+        )
 
 
 def undo(host: str, *, force: bool = False) -> Sequence[str] | None:

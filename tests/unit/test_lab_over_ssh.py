@@ -19,7 +19,7 @@ from lsmlab.cli import experiment
 from lsmlab.errors import ChannelError, DefinitionError, LsmlabError, MachineError
 from lsmlab.machine.ssh import PARTS, SshMachine, audit_rules
 from lsmlab.progress import Silent
-from lsmlab.terms import Framework, Kernel
+from lsmlab.terms import Framework, Kernel, Verdict
 from ssh_server import SshHome, ssh_home
 
 FLAGSHIP = discovery.load_scenarios(["nginx-reads-shadow"])[0]
@@ -305,6 +305,7 @@ def test_what_cannot_be_undone_is_kept_for_whoever_asks(reach: Reach) -> None:
         pass
     error = bench.not_undone
     assert error is not None and "/etc/x: another digest" in error.message
+    assert error.message.startswith("web1 may still be changed, after a reboot too, since not all was undone: ")
     assert "`lsmlab undo web1`" in error.hint
     assert bench.environment.isolation.startswith("by undo, NOT verified: ")
     with pytest.raises(MachineError, match="not all was undone"), bench.guest(Kernel.SELINUX, "y"):
@@ -327,6 +328,28 @@ def test_a_begin_whose_answer_is_lost_is_undone_all_the_same(reach: Reach, monke
         pytest.fail("nothing was begun")
     assert [name for name, _ in again.questions] == ["undo"]
     assert (bench.not_undone, bench.environment.isolation) == (None, "by undo, verified")
+
+
+def test_a_run_whose_machine_goes_away_is_an_error_and_says_how_to_undo(
+    reach: Reach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(**_: Any) -> None:
+        there.fault = "the connection was lost"
+        raise ChannelError("web1: begin: the connection was lost")
+
+    def gone(*_: object) -> None:
+        raise ChannelError("web1: connecting to 192.0.2.1 port 22: Connection refused")
+
+    there = undoing(begin=lost)
+    found = reach(there)
+    monkeypatch.setattr("lsmlab.machine.ssh.open_ssh", gone)
+    lab = ssh_lab.lab_for(found, None)
+    bench = ssh_lab.SshBench("web1", found, lab, CHANGES, Silent())
+    (outcome,) = run.run(bench, run.cases([FLAGSHIP], lab, unconfined=True))
+    assert (outcome.verdict, outcome.reason.count("the connection was lost")) == (Verdict.ERROR, 1), outcome.reason
+    assert outcome.environment.isolation.startswith("by undo, NOT verified: web1: connecting to")
+    assert "web1 may still be changed, after a reboot too" in str(bench.not_undone)
+    assert "`lsmlab undo web1`" in str(bench.not_undone)
 
 
 def test_how_attempts_were_kept_apart_is_unknown_until_all_is_undone(reach: Reach) -> None:
