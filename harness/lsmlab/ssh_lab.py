@@ -164,7 +164,8 @@ def fits(lab: Lab, release: Mapping[str, str]) -> bool:
 def _nearest(labs: Sequence[Lab], release: Mapping[str, str]) -> Lab | None:
     """The lab that fits; else of the same distribution's the newest that is not newer, else the oldest."""
     fitting = next((lab for lab in labs if fits(lab, release)), None)
-    akin = [lab for lab in labs if lab.os_release.get("ID", "") == release.get("ID")]
+    distribution = release.get("ID", "")
+    akin = [lab for lab in labs if distribution and lab.os_release.get("ID") == distribution]
     if fitting is not None or not akin:
         return fitting
     own = _version(release)

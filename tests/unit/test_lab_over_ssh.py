@@ -182,6 +182,11 @@ def test_without_a_lab_of_the_release_the_nearest_is_taken_and_said(reach: Reach
     assert bench.environment.names == words
 
 
+def test_a_lab_that_says_nothing_of_machines_is_nobodys_nearest() -> None:
+    lab = discovery.load_lab("debian-13").model_copy(update={"os_release": {}})
+    assert [ssh_lab._nearest([lab], release) for release in ({}, {"ID": ""}, {"ID": "debian"})] == [None] * 3
+
+
 def test_the_lab_that_fits_or_was_asked_for_is_named_in_the_outcome(reach: Reach) -> None:
     found = reach(Machine())
     bench = ssh_lab.SshBench("web1", found, ssh_lab.lab_for(found, None), CHANGES, Silent())
