@@ -57,6 +57,9 @@ class Environment(Strict):
     Empty: a guest of lsmlab's own."""
     isolation: str = "snapshots"
     """What keeps attempts apart."""
+    names: str = ""
+    """Of a machine that was there already: the lab whose names and expectations were used. Where that lab is of another
+    release than the machine, it says so."""
 
 
 class Falsification(Strict):

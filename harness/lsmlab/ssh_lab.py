@@ -6,6 +6,7 @@ Nothing of it is changed without leave; what is changed is undone when a scenari
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,25 +132,51 @@ def _see_auditing(channel: SshChannel) -> None:
 
 
 def lab_for(found: Found, names: str | None) -> Lab:
-    """The lab that says what services are called there: `names`, or the one whose os-release fits.
+    """The lab that says what services are called there: `names`, the one whose os-release fits, or the nearest release
+    of that distribution. `names_of` says which.
 
     Its frameworks are those of the machine. Raises DefinitionError.
     """
     labs = [discovery.load_lab(name) for name in ([names] if names else discovery.labs().ids)]
-    fitting = labs if names else [lab for lab in labs if fits(lab, found.release)]
-    if not fitting:
+    chosen = labs[0] if names else _nearest(labs, found.release)
+    if chosen is None:
         known = ", ".join(lab.id for lab in labs)
         raise DefinitionError(
             f"{found.channel.name}: no lab is for {found.system}: what its services are called is not known",
             hint=f"Say whose names hold there, with `--names LAB`; there are: {known}.",
         )
-    return fitting[0].model_copy(update={"frameworks": found.frameworks, "engine": ENGINE})
+    return chosen.model_copy(update={"frameworks": found.frameworks, "engine": ENGINE})
+
+
+def names_of(found: Found, lab: Lab) -> str:
+    """Whose names and expectations a run uses there, in words; where `lab` is of another release, they say so."""
+    if fits(lab, found.release):
+        return lab.id
+    return f"{lab.id}, whose names and expectations were not written for {found.system}"
 
 
 def fits(lab: Lab, release: Mapping[str, str]) -> bool:
     """Whether a machine with this os-release is what `lab` is a lab of; 10.1 is a 10."""
     wanted = lab.os_release.items()
     return bool(wanted) and all(f"{release.get(key)}.".startswith(f"{value}.") for key, value in wanted)
+
+
+def _nearest(labs: Sequence[Lab], release: Mapping[str, str]) -> Lab | None:
+    """The lab that fits; else of the same distribution's the newest that is not newer, else the oldest."""
+    fitting = next((lab for lab in labs if fits(lab, release)), None)
+    distribution = release.get("ID", "")
+    akin = [lab for lab in labs if distribution and lab.os_release.get("ID") == distribution]
+    if fitting is not None or not akin:
+        return fitting
+    own = _version(release)
+    older = [lab for lab in akin if not own or _version(lab.os_release) <= own]  # without a number: not out yet
+    if older:
+        return max(older, key=lambda lab: _version(lab.os_release))
+    return min(akin, key=lambda lab: _version(lab.os_release))
+
+
+def _version(release: Mapping[str, str]) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", release.get("VERSION_ID", "")))
 
 
 def changes(found: Found, lab: Lab, cases: Iterable[Case]) -> Changes:
@@ -241,6 +268,7 @@ class SshBench:
             memory_mib=0,
             machine=clean(f"{login.user} at {login.address} port {login.port}: {self._found.system}"),
             isolation=f"by undo, NOT verified: {self._problem}" if self._problem else isolation,
+            names=names_of(self._found, self.lab),
         )
 
     def command_line(self, kernel: Kernel) -> str:
@@ -280,7 +308,10 @@ class SshBench:
         """The error of a machine that is not known to be as it was; None where it is."""
         if not self._problem:
             return None
-        return MachineError(f"{self._host}: not all was undone: {self._problem}", hint=undo_hint(self._host))
+        return MachineError(
+            f"{self._host} may still be changed, after a reboot too, since not all was undone: {self._problem}",
+            hint=undo_hint(self._host),
+        )
 
 
 def undo(host: str, *, force: bool = False) -> Sequence[str] | None:

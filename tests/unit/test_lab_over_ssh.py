@@ -19,7 +19,7 @@ from lsmlab.cli import experiment
 from lsmlab.errors import ChannelError, DefinitionError, LsmlabError, MachineError
 from lsmlab.machine.ssh import PARTS, SshMachine, audit_rules
 from lsmlab.progress import Silent
-from lsmlab.terms import Framework, Kernel
+from lsmlab.terms import Framework, Kernel, Verdict
 from ssh_server import SshHome, ssh_home
 
 FLAGSHIP = discovery.load_scenarios(["nginx-reads-shadow"])[0]
@@ -52,6 +52,16 @@ class Machine(ScriptedChannel):
     @property
     def as_ssh(self) -> SshChannel:
         return cast("SshChannel", self)
+
+
+class Notes(Silent):
+    """Keeps what a person is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 @pytest.fixture
@@ -140,16 +150,60 @@ def test_the_names_of_services_are_the_fitting_lab_s(reach: Reach) -> None:
         ('ID="opensuse-leap"\nVERSION_ID="16.0"\n', "opensuse-16.0"),
     ):  # fmt: skip
         assert ssh_lab.lab_for(reach(Machine(("cat /etc/os-release", said(said_there)))), None).id == wanted
-    for near in ("ID=debian\nVERSION_ID=130\n", "ID=debian\n", "VERSION_ID=13\n", "ID=almalinux\nVERSION_ID=9.6\n"):
-        with pytest.raises(DefinitionError, match="no lab is for"):
-            ssh_lab.lab_for(reach(Machine(("cat /etc/os-release", said(near)))), None)
     strange = Machine(("cat /etc/os-release", said('ID=gentoo\nPRETTY_NAME="Gen\x1btoo"\n')))
     with pytest.raises(DefinitionError, match="no lab is for Gen") as caught:
         ssh_lab.lab_for(reach(strange), None)
     assert "--names LAB" in caught.value.hint and ", debian-12, debian-13, " in caught.value.hint
     assert ssh_lab.lab_for(reach(strange), "debian-12").id == "debian-12"
-    with pytest.raises(DefinitionError, match="no lab is for an unknown system"):
-        ssh_lab.lab_for(reach(Machine(("cat /etc/os-release", said(code=1)))), None)
+    for unknown in (said(code=1), said("VERSION_ID=13\n"), said("ID=\nVERSION_ID=13\n")):
+        with pytest.raises(DefinitionError, match="no lab is for an unknown system"):
+            ssh_lab.lab_for(reach(Machine(("cat /etc/os-release", unknown))), None)
+
+
+@pytest.mark.parametrize(
+    ("release", "wanted"),
+    [
+        ("ID=fedora\nVERSION_ID=43", "fedora-44"),  # all of its labs are newer
+        ("ID=debian\nVERSION_ID=14", "debian-13"),
+        ("ID=debian\nVERSION_ID=130", "debian-13"),
+        ("ID=debian\nVERSION_ID=9", "debian-12"),
+        ('ID=ubuntu\nVERSION_ID="24.10"', "ubuntu-24.04"),
+        ('ID=ubuntu\nVERSION_ID="26.10"', "ubuntu-26.04"),
+        ("ID=almalinux\nVERSION_ID=9.6", "almalinux-10"),
+        ("ID=debian", "debian-13"),  # testing has no number
+    ],
+)
+def test_without_a_lab_of_the_release_the_nearest_is_taken_and_said(reach: Reach, release: str, wanted: str) -> None:
+    found = reach(Machine(("cat /etc/os-release", said(f"{release}\nPRETTY_NAME='This One'\n"))))
+    lab = ssh_lab.lab_for(found, None)
+    words = f"{wanted}, whose names and expectations were not written for This One"
+    assert (lab.id, ssh_lab.names_of(found, lab)) == (wanted, words)
+    bench = ssh_lab.SshBench("web1", found, lab, CHANGES, Silent())
+    assert bench.environment.names == words
+
+
+def test_a_lab_that_says_nothing_of_machines_is_nobodys_nearest() -> None:
+    lab = discovery.load_lab("debian-13").model_copy(update={"os_release": {}})
+    assert [ssh_lab._nearest([lab], release) for release in ({}, {"ID": ""}, {"ID": "debian"})] == [None] * 3
+
+
+def test_the_lab_that_fits_or_was_asked_for_is_named_in_the_outcome(reach: Reach) -> None:
+    found = reach(Machine())
+    bench = ssh_lab.SshBench("web1", found, ssh_lab.lab_for(found, None), CHANGES, Silent())
+    assert bench.environment.names == "debian-13"
+    asked_for = ssh_lab.names_of(found, ssh_lab.lab_for(found, "debian-12"))
+    assert asked_for == "debian-12, whose names and expectations were not written for Debian GNU/Linux 13 (trixie)"
+
+
+def test_whose_names_hold_is_said_before_leave_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = said("ID=debian\nVERSION_ID=14\nPRETTY_NAME='Debian 14'\n")
+    there = Machine(("cat /etc/os-release", release))
+    monkeypatch.setattr(ssh_lab, "open_ssh", lambda *_: there)
+    progress = Notes()
+    with pytest.raises(DefinitionError, match="--allow-changes"):
+        next(experiment._outcomes_there("web1", [FLAGSHIP], None, None, False, progress))
+    (note,) = progress.notes
+    assert "of lab debian-13, whose names and expectations were not written for Debian 14" in note
 
 
 def test_the_weaker_control_is_what_every_case_is_compared_with(reach: Reach) -> None:
@@ -256,6 +310,7 @@ def test_what_cannot_be_undone_is_kept_for_whoever_asks(reach: Reach) -> None:
         pass
     error = bench.not_undone
     assert error is not None and "/etc/x: another digest" in error.message
+    assert error.message.startswith("web1 may still be changed, after a reboot too, since not all was undone: ")
     assert "`lsmlab undo web1`" in error.hint
     assert bench.environment.isolation.startswith("by undo, NOT verified: ")
     with pytest.raises(MachineError, match="not all was undone"), bench.guest(Kernel.SELINUX, "y"):
@@ -278,6 +333,28 @@ def test_a_begin_whose_answer_is_lost_is_undone_all_the_same(reach: Reach, monke
         pytest.fail("nothing was begun")
     assert [name for name, _ in again.questions] == ["undo"]
     assert (bench.not_undone, bench.environment.isolation) == (None, "by undo, verified")
+
+
+def test_a_run_whose_machine_goes_away_is_an_error_and_says_how_to_undo(
+    reach: Reach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(**_: Any) -> None:
+        there.fault = "the connection was lost"
+        raise ChannelError("web1: begin: the connection was lost")
+
+    def gone(*_: object) -> None:
+        raise ChannelError("web1: connecting to 192.0.2.1 port 22: Connection refused")
+
+    there = undoing(begin=lost)
+    found = reach(there)
+    monkeypatch.setattr("lsmlab.machine.ssh.open_ssh", gone)
+    lab = ssh_lab.lab_for(found, None)
+    bench = ssh_lab.SshBench("web1", found, lab, CHANGES, Silent())
+    (outcome,) = run.run(bench, run.cases([FLAGSHIP], lab, unconfined=True))
+    assert (outcome.verdict, outcome.reason.count("the connection was lost")) == (Verdict.ERROR, 1), outcome.reason
+    assert outcome.environment.isolation.startswith("by undo, NOT verified: web1: connecting to")
+    assert "web1 may still be changed, after a reboot too" in str(bench.not_undone)
+    assert "`lsmlab undo web1`" in str(bench.not_undone)
 
 
 def test_how_attempts_were_kept_apart_is_unknown_until_all_is_undone(reach: Reach) -> None:

@@ -110,6 +110,10 @@ def test_of_a_machine_that_stays_the_weaker_control_and_the_isolation_are_said()
     detail = words(render(text.outcome_detail(there)))
     assert "root at web1 port 22: Debian" in detail and "by undo, verified" in detail
     assert "sha256 \n" not in detail
+    assert "Names and expectations" not in detail
+    near = there.model_copy(update={"environment": kept.model_copy(update={"names": "fedora-44, not written for it"})})
+    for shown in (text.outcome_summary(near), text.outcome_detail(near)):
+        assert "Names and expectations of lab fedora-44, not written for it." in words(render(shown))
 
 
 def test_apparmors_record_is_whole() -> None:

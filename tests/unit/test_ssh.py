@@ -681,6 +681,20 @@ def test_close_ends_the_agent_and_what_it_runs(home: SshHome, channel: SshChanne
     until(lambda: not alive(int(marker.read_text())), "what the agent ran goes on")
 
 
+def test_a_machine_that_says_no_more_is_given_up_within_minutes(channel: SshChannel) -> None:
+    link = channel._connection.transport.sock
+    assert isinstance(link, socket.socket)
+    assert link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    idle, between, probes, unheard = (
+        link.getsockopt(socket.IPPROTO_TCP, option)
+        for option in (
+            socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT,
+        )
+    )  # fmt: skip
+    assert 30 <= idle + between * probes <= 120, "seconds, where nothing is on its way"
+    assert 30_000 <= unheard <= 120_000, "milliseconds, where something is"
+
+
 def alive(pid: int) -> bool:
     try:
         return (Path("/proc") / str(pid) / "stat").read_text().rpartition(") ")[2][0] not in "ZX"

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from lsmlab import discovery, run, ssh_lab
 from lsmlab.channel import ssh_host
+from lsmlab.channel.ssh import SshChannel
 from lsmlab.errors import HostError
+from lsmlab.lab import Lab
+from lsmlab.terms import Framework
 from real_vagrant import PLUGINS, REPO, Vagrant, real_vagrant
 
 NEEDED = {
@@ -52,6 +58,7 @@ FAULTS = {
     "without SELinux's tools": ("policycoreutils-python-utils", "", "fedora: policycoreutils-python-utils"),
     "auditd that does not run": ("--now nginx auditd", "--now nginx", "units"),
     "a failure that is passed over": ("set -eu", "set -u", "goes on"),
+    "a file that scenarios expect otherwise": ('"chmod 0640 /etc/shadow",', "", "fedora: not prepared"),
     "no shell": ("set -eu", "set -eu; if true", "syntax"),
 }  # fmt: skip
 """What is done to the Vagrantfile, and what is then said of it: each of the assertions can fail."""
@@ -140,15 +147,39 @@ def wrong_with_one(machine: dict[str, Any]) -> Iterator[str]:
 
 def wrong_for(name: str, machine: dict[str, Any]) -> Iterator[str]:
     """What is wrong with the machine of one distribution."""
-    if not re.fullmatch(rf"[\w-]+/{name}-[\d.]+", str(machine["box"])):
+    box = re.fullmatch(rf"[\w-]+/{name}-([\d.]+)", str(machine["box"]))
+    if box is None:
         yield f"box {machine['box']}: not one of {name}"
     if machine["hostname"] != f"lsmlab-{name}":
         yield f"hostname {machine['hostname']}"
     for step in machine["provision"]:
-        yield from wrong_script(name, step["script"])
+        yield from wrong_script(name, step["script"], prepared(name, box[1]) if box else ())
 
 
-def wrong_script(name: str, script: str) -> Iterator[str]:
+def lab_of(name: str, version: str) -> Lab:
+    """The lab that a machine of this release is run with."""
+    channel = cast("SshChannel", SimpleNamespace(name=f"vagrant:{name}"))
+    release = {"ID": name, "VERSION_ID": version}
+    return ssh_lab.lab_for(ssh_lab.Found(channel, release, "", "", (Framework.SELINUX,)), None)
+
+
+def prepared(name: str, version: str) -> Iterator[str]:
+    """What is done to a guest of that lab before anything else."""
+    cloud = lab_of(name, version).cloud_image
+    assert cloud is not None
+    return (shlex.join(step) for step in cloud.prepare)
+
+
+@pytest.mark.parametrize("provider", PLUGINS)
+def test_each_box_is_a_lab(read: dict[str, dict[str, Any]], provider: str) -> None:
+    boxes = {name: machine[provider]["box"] for name, machine in read[""].items()}
+    found = {name: lab_of(name, box.rpartition("-")[2]) for name, box in boxes.items()}
+    assert {name: lab.os_release["ID"] for name, lab in found.items()} == {name: name for name in NEEDED}
+    for lab in found.values():
+        run.cases(discovery.load_scenarios(["nginx-reads-shadow"]), lab, unconfined=True)
+
+
+def wrong_script(name: str, script: str, preparing: Iterable[str]) -> Iterator[str]:
     """What is wrong with the script that a machine is provisioned by: read by the shell, then run among stubs."""
     if parsed := subprocess.run([SH, "-n"], input=script, capture_output=True, text=True, check=False).stderr:
         yield f"syntax: {parsed}"
@@ -156,6 +187,7 @@ def wrong_script(name: str, script: str) -> Iterator[str]:
     calls = called(script, "")
     installed = {word for call in calls if call.startswith(INSTALLERS[name]) for word in call.split()[3:]}
     yield from (f"{package} is not installed" for package in NEEDED[name].split() if package not in installed)
+    yield from (f"not prepared as its lab's guests are: {line}" for line in preparing if line not in calls)
     if calls[-1:] != [UNITS]:
         yield f"units: the last command is {calls[-1:]}"
     for number, call in enumerate(calls, 1):
@@ -166,7 +198,7 @@ def wrong_script(name: str, script: str) -> Iterator[str]:
 def called(script: str, failing: str) -> list[str]:
     """The programs that a script calls, each with its arguments, on a machine where the call `failing` fails."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("apt-get", "dnf", "systemctl"):
+        for name in ("apt-get", "chgrp", "chmod", "dnf", "groupadd", "mkdir", "systemctl"):
             stub = Path(folder, name)
             stub.write_text(STUB)
             stub.chmod(0o755)

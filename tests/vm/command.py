@@ -23,13 +23,18 @@ def environment(state: Path, **more: str) -> dict[str, str]:
     return {**os.environ, "XDG_STATE_HOME": str(state), "COLUMNS": "100", **more}
 
 
+def _same_code(env: Mapping[str, str]) -> dict[str, str]:
+    """`env`, in which Python finds the lsmlab that the tests find: in a worktree, not the one that is installed."""
+    return {**{name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}, **env}
+
+
 def lsmlab(
     *arguments: str, env: Mapping[str, str], code: int | None = 0, timeout: float = 1700, cwd: Path = REPO
 ) -> subprocess.CompletedProcess[str]:
     """Run the command to its end. Fails with all that it printed unless it ends with `code`."""
     done = subprocess.run(
         [sys.executable, "-m", "lsmlab.cli", *arguments],
-        cwd=cwd, env=dict(env), capture_output=True, text=True, timeout=timeout, check=False,
+        cwd=cwd, env=_same_code(env), capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip
     if code is not None:
         assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -40,7 +45,7 @@ def start(*arguments: str, env: Mapping[str, str]) -> subprocess.Popen[str]:
     """Start the command; its progress comes line by line on stderr."""
     return subprocess.Popen(
         [sys.executable, "-m", "lsmlab.cli", *arguments],
-        cwd=REPO, env=dict(env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=REPO, env=_same_code(env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 

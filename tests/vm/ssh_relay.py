@@ -64,9 +64,13 @@ systemctl unmask --quiet ssh.service
 ssh-keygen -A
 mkdir -p -m 700 /root/.ssh
 cat > /root/.ssh/authorized_keys
-useradd --non-unique --uid 0 --home-dir /root vagrant # Vagrant's user, who may be root without sudo, which is not here
-if [ -e /sys/fs/selinux/enforce ]; then restorecon -RF /etc/ssh /root/.ssh; fi
-systemctl start ssh.service
+useradd --create-home --shell /bin/bash vagrant
+install -d -m 700 -o vagrant -g vagrant /home/vagrant/.ssh
+install -m 600 -o vagrant -g vagrant /root/.ssh/authorized_keys /home/vagrant/.ssh
+echo 'vagrant ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/vagrant # as Vagrant's boxes have it
+chmod 440 /etc/sudoers.d/vagrant
+if [ -e /sys/fs/selinux/enforce ]; then restorecon -RF /etc/ssh /etc/sudoers.d /root/.ssh /home/vagrant; fi
+systemctl start ssh.service # before the time that is noted: it makes files
 touch /run/before
 until [ /run/after -nt /run/before ]; do touch /run/after; done # a file's time is that of the kernel's last tick
 """
@@ -74,26 +78,35 @@ until [ /run/after -nt /run/before ]; do touch /run/after; done # a file's time 
 
 @contextlib.contextmanager
 def reached(machine: QemuMachine, home: Path) -> Iterator[int]:
-    """The port of this machine at which the guest's sshd answers, to who has `home`'s key and knows the guest's."""
-    channel = machine.channel
+    """The port of this machine at which the guest's sshd answers, to who has `home`'s key and knows the guest's.
+
+    Let in are root, and vagrant, an ordinary user whom sudo makes root without a password.
+    """
     own = paramiko.ECDSAKey.generate()
     (home / ".ssh").mkdir(mode=0o700)
     own.write_private_key_file(str(home / ".ssh" / "id_ecdsa"))
     public = f"{own.get_name()} {own.get_base64()}\n".encode()
-    channel.run(["sh", "-c", PREPARE], stdin=public, timeout=120).check()
-    channel.run(["systemd-run", "--quiet", "python3", "-c", RELAY], timeout=60).check()
+    machine.channel.run(["sh", "-c", PREPARE], stdin=public, timeout=120).check()
+    host_key = machine.channel.run(["cat", "/etc/ssh/ssh_host_ed25519_key.pub"]).check().out
+    with relayed(machine) as port:
+        (home / ".ssh" / "known_hosts").write_text(f"[127.0.0.1]:{port} {host_key}")
+        yield port
+
+
+@contextlib.contextmanager
+def relayed(machine: QemuMachine, port: int = 0) -> Iterator[int]:
+    """The port at which the sshd answers of a guest that was prepared already; 0: any. It ends with the guest."""
+    machine.channel.run(["systemctl", "start", "ssh.service"], timeout=60).check()
+    machine.channel.run(["systemd-run", "--quiet", "python3", "-c", RELAY], timeout=60).check()
     console = machine.terminal_socket
     assert console is not None
     console.settimeout(60)
     while console.recv(1) != b"!":
         pass
     console.settimeout(None)
-    host_key = channel.run(["cat", "/etc/ssh/ssh_host_ed25519_key.pub"]).check().out
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        (home / ".ssh" / "known_hosts").write_text(f"[127.0.0.1]:{port} {host_key}")
+    with socket.create_server(("127.0.0.1", port)) as listener:
         _Relay(listener, console).start()
-        yield port
+        yield listener.getsockname()[1]
 
 
 class _Relay:
@@ -139,6 +152,9 @@ class _Relay:
                         link.sendall(data)
                     else:
                         link.close()
+        for end in (self._listener, *self._links.values()):  # the guest is gone, and nothing answers at this port
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
     def _read(self, count: int) -> bytes:
         kept = b""

@@ -82,6 +82,8 @@ def test_a_machine_is_found_by_the_answer_of_vagrant(
         (home / ".ssh" / "known_hosts").unlink()  # nobody knows the key of a new machine
         vagrant.up(name, port, home / ".ssh" / "id_ecdsa")
         found = survey(f"vagrant:{name}", home, vagrant.env | {"HOME": str(home)})
+        left = changed(machine.channel)
+    assert (left, found["root"]["found"]) == ([], "by sudo, without a password")
     assert all(f["ok"] for f in found.values() if f["needed"]), found
     login = found["SSH"]["found"]
     assert login.startswith(f"vagrant at 127.0.0.1 port {port}, key ")

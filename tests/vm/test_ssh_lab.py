@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -86,7 +87,10 @@ for line in said("systemctl", "list-units", "--all", "--type=service", "--plain"
     name, *states = line.split()[:4]
     if states[0] != "not-found" and not name.startswith(("user@", "user-runtime-dir@", "run-")):
         found["unit " + name] = states
-found["unit files"] = said("systemctl", "list-unit-files", "--plain", "--no-legend")
+for line in said("systemctl", "list-unit-files", "--plain", "--no-legend").splitlines():
+    name, *states = line.split()
+    if states[0] != "transient":
+        found["unit file " + name] = states
 nginx = said("systemctl", "show", "--property=MainPID", "--value", "nginx.service").strip()
 found["label of nginx"] = text("/proc/" + nginx + "/attr/current").decode()
 print(json.dumps(found))
@@ -145,7 +149,7 @@ def test_the_flagship_on_a_machine_that_stays(bench: Bench, framework: Framework
     with bench.guest(Kernel(framework.value), "ssh lab") as machine, reached(machine, tmp_path) as port:
         machine.channel.run(["sh", "-c", PLAIN], timeout=120).check()
         before = look(machine.channel)
-        env, lab = environment(tmp_path), f"ssh:root@127.0.0.1:{port}"
+        env, lab = environment(tmp_path), f"ssh:vagrant@127.0.0.1:{port}"  # by sudo
         if framework is Framework.SELINUX:
             _refused_without_leave(lab, env)
             _interrupted(lab, env)
@@ -184,7 +188,8 @@ def _as_it_should_be(found: dict[str, Any], framework: Framework, lab: str, prin
     assert (found["verdict"], found["as_expected"], found["lab"]) == ("CONTAINED", True, lab), found["reason"]
     assert [arm["arm"] for arm in found["arms"]] == [f"{framework.value}-unconfined", _enforcing(framework)]
     assert found["environment"]["isolation"] == "by undo, verified"
-    assert "Debian GNU/Linux 13" in found["environment"]["machine"]
+    assert re.match(r"vagrant at 127\.0\.0\.1 port \d+: Debian GNU/Linux 13", found["environment"]["machine"])
+    assert found["environment"]["names"] == "debian-13"
     assert "where the service is not confined" in found["reason"]
     assert "by undo, verified" in printed
     control = next(a for a in found["arms"][0]["attempts"] if a["attempt"] == "read-shadow")

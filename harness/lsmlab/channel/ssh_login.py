@@ -27,6 +27,11 @@ from lsmlab.errors import ChannelError
 
 SECONDS = 15.0
 """How long each step may take: to connect, the server's banner, the exchange of keys, each key that is offered."""
+ALIVE = {
+    socket.TCP_KEEPIDLE: 15, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4, socket.TCP_USER_TIMEOUT: 60_000,
+}  # fmt: skip
+"""A machine that was cut off, or lost its power, says no more: the kernel gives such a connection up after a minute or
+so, and not after 15 or never. In seconds, probes and milliseconds: tcp(7)."""
 RSA = ("rsa-sha2-512", "rsa-sha2-256")
 """The signatures that an `ssh-rsa` key makes today."""
 
@@ -99,7 +104,11 @@ def _reach(place: Place, held: contextlib.ExitStack) -> tuple[Words, socket.sock
         raise ChannelError(
             f"{where}: {error.strerror or error}", hint="See that the machine is up, and sshd listens on this port."
         ) from None
-    return lambda: "", held.enter_context(sock)
+    held.enter_context(sock)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ALIVE.items():
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    return lambda: "", sock
 
 
 def _through_proxy(place: Place, held: contextlib.ExitStack) -> tuple[Words, socket.socket]:

@@ -82,7 +82,7 @@ def run_command(
     ] = False,
     names: Annotated[
         str | None,
-        typer.Option("--names", metavar="LAB", help="The lab whose names of services hold on a machine that is there."),
+        typer.Option("--names", metavar="LAB", help="The lab whose names and expectations hold there."),
     ] = None,
     quiet: QuietOption = False,
 ) -> None:
@@ -194,12 +194,13 @@ def _outcomes_there(
 
     with ssh_lab.reached(host) as found:
         lab = ssh_lab.lab_for(found, names)
+        progress.note(f"Names and expectations of lab {ssh_lab.names_of(found, lab)}")
         wanted = _need_some(run.cases(scenarios, lab, frameworks, unconfined=True))
         planned = ssh_lab.changes(found, lab, wanted)
         if not allow_changes:
             raise ssh_lab.need_leave(host, planned)
         bench = ssh_lab.SshBench(host, found, lab, planned, progress)
-        progress.note(f"Lab {bench.name}, {found.system}, with the names of {lab.id}; all changes are undone")
+        progress.note(f"Lab {bench.name}, {found.system}; all changes are undone")
         try:
             yield from run.run(bench, wanted)
         except BaseException:  # an interruption too, and it says nothing of this

@@ -83,6 +83,7 @@ def outcome_detail(outcome: Outcome, number: int | None = None) -> RenderableTyp
         ("policy from elsewhere", "\n".join(f"{name}: {policy}" for name, policy in sorted(env.policies.items()))),
         ("machine", env.machine or f"{env.qemu}, accelerator {env.accelerator}, {env.memory_mib} MiB"),
         ("isolation", env.isolation if env.machine else ""),
+        ("names of lab", env.names),
     )
     arms = [part for arm in outcome.arms for part in _arm_detail(arm)]
     return Block(Group(outcome_summary(outcome, number), about, Text(), *arms))
@@ -223,6 +224,8 @@ def _heading(outcome: Outcome, number: int | None) -> list[Text]:
     if outcome.environment.machine:
         isolation = _line(outcome.environment.isolation)
         lines.append(Text(f"The control is the weaker one, the service unconfined. Attempts kept apart {isolation}."))
+    if outcome.environment.names:
+        lines.append(Text(f"Names and expectations of lab {_line(outcome.environment.names)}."))
     return lines
 
 
