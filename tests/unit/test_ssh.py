@@ -494,6 +494,10 @@ def test_a_server_that_wants_more_than_a_key(home: SshHome) -> None:
 # Starting the agent
 
 
+def test_a_session_may_take_longer_to_start_than_a_step_of_the_login() -> None:
+    assert ssh.SESSION_SECONDS >= 4 * ssh_login.SECONDS
+
+
 def test_a_user_who_may_run_nothing(home: SshHome) -> None:
     home.server.does.refuses_exec = True
     assert "may run no command" in refused()
@@ -501,9 +505,9 @@ def test_a_user_who_may_run_nothing(home: SshHome) -> None:
 
 def test_a_server_that_never_answers_a_command(home: SshHome, monkeypatch: pytest.MonkeyPatch) -> None:
     home.server.does.answers_exec = False
-    monkeypatch.setattr(ssh, "SECONDS", 0.5)
+    monkeypatch.setattr(ssh, "SESSION_SECONDS", 0.5)
     start = time.monotonic()
-    assert "may run no command" in refused()
+    assert "is let in, and no session has started within 0 s" in refused()
     assert time.monotonic() - start < 10
 
 

@@ -20,9 +20,11 @@ import paramiko
 from lsmlab.channel import ssh_host
 from lsmlab.channel.agent import AgentChannel, agent_source
 from lsmlab.channel.ssh_host import Place
-from lsmlab.channel.ssh_login import SECONDS, Connection, Login, log_in
+from lsmlab.channel.ssh_login import Connection, Login, log_in
 from lsmlab.errors import ChannelError
 
+SESSION_SECONDS = 60.0
+"""How long a session's start may take: for who is not there yet, systemd starts his own manager first."""
 START_SECONDS = 60.0
 """How long the agent may take from the command to its first word: sudo may look into a directory service."""
 END_SECONDS = 5.0
@@ -232,14 +234,26 @@ def open_place(place: Place, *, parts: Sequence[str] = (), as_service: bool = Fa
 
 def _start(connection: Connection, command: str) -> paramiko.Channel:
     """Start the remote command."""
-    limit = threading.Timer(SECONDS, connection.transport.close)  # exec_command() itself waits for ever
+    late = threading.Event()
+
+    def give_up() -> None:  # exec_command() itself waits for ever
+        late.set()
+        connection.transport.close()
+
+    limit = threading.Timer(SESSION_SECONDS, give_up)
     limit.start()
     try:
-        remote = connection.transport.open_session(timeout=SECONDS)
+        remote = connection.transport.open_session(timeout=SESSION_SECONDS)
         remote.exec_command(command)
     except (paramiko.SSHException, EOFError, OSError) as error:
+        user = f"{connection.place.asked}: {connection.login.user} is let in"
+        if late.is_set():
+            raise ChannelError(
+                f"{user}, and no session has started within {SESSION_SECONDS:.0f} s",
+                hint="See what holds it up there: `journalctl -u systemd-logind`, pam's modules.",
+            ) from None
         raise ChannelError(
-            f"{connection.place.asked}: {connection.login.user} is let in, and may run no command: {error}",
+            f"{user}, and may run no command: {str(error) or 'it hung up'}",
             hint="See what sshd there allows this user: ForceCommand, a restricted key, MaxSessions.",
         ) from None
     finally:
