@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socketserver
 import struct
@@ -120,10 +121,7 @@ class LocalEngine(FakeEngine):
             return 204, b""
 
         def state(_: Any) -> Answer:
-            try:
-                code = started[0].wait(0.3)
-            except subprocess.TimeoutExpired:
-                code = None
+            code = started[0].poll()
             state = {"Running": code is None, "ExitCode": code or 0}
             return 200, {"Id": name, "State": state, "Config": {"Tty": False}}
 
@@ -141,7 +139,8 @@ class LocalEngine(FakeEngine):
         ended: list[int] = []
 
         def start(_: Any) -> Answer:
-            done = subprocess.run(argv, cwd=root, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+            env = {**os.environ, "LC_ALL": "C"}
+            done = subprocess.run(argv, cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True, check=False)
             ended.append(done.returncode if done.returncode >= 0 else 128 - done.returncode)
             return 200, frame(1, done.stdout) + frame(2, done.stderr)
 

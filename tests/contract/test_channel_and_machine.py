@@ -241,12 +241,11 @@ def fresh(opener: Opener) -> Iterator[Guest]:
 
 OUT = """
 import socket, sys
-for address, port in (("10.0.2.2", int(sys.argv[1])), ("192.0.2.1", 80)):
-    try:
-        socket.create_connection((address, port), 5).close()
-        print(address, "is reached")
-    except OSError as error:
-        print(address, type(error).__name__)
+try:
+    socket.create_connection(("10.0.2.2", int(sys.argv[1])), 5).close()
+    print("this machine is reached")
+except OSError as error:
+    print(type(error).__name__)
 """
 
 
@@ -255,8 +254,7 @@ def test_who_is_reached_over_ssh_reaches_nothing(guest: Guest) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.5)
         said = guest.channel.run(["python3", "-c", OUT, str(server.getsockname()[1])]).check().out
-        assert said.count("\n") == 2
-        assert "is reached" not in said
+        assert said in {"ConnectionRefusedError\n", "TimeoutError\n", "OSError\n"}
         with pytest.raises(TimeoutError):
             server.accept()
 

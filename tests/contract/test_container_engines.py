@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,8 +115,14 @@ def test_containers_have_files_of_their_own(there: There) -> None:
 
 
 def test_a_container_that_ends_at_once_is_an_error_with_its_last_words(there: There) -> None:
+    def start() -> None:
+        container = there.start("short", run=["sh", "-c", "echo no configuration; exit 5"])
+        while time.monotonic() < deadline:  # it was looked at before it had ended
+            container.need_running()
+
+    deadline = time.monotonic() + 60
     with pytest.raises(EngineError, match="ended at once, with exit status 5") as caught:
-        there.start("short", run=["sh", "-c", "echo no configuration; exit 5"])
+        start()
     assert "short: no configuration" in caught.value.message
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from entries import Notes
 
 from fakes import Answer, ScriptedChannel, said
 from lsmlab import admission, discovery, run, ssh_lab
@@ -52,16 +53,6 @@ class Machine(ScriptedChannel):
     @property
     def as_ssh(self) -> SshChannel:
         return cast("SshChannel", self)
-
-
-class Notes(Silent):
-    """Keeps what a person is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture

@@ -357,7 +357,8 @@ def test_without_qemu_what_needs_a_guest_is_skipped_with_the_reason(
     pytester.makepyfile(VM_TEST)
     result = run(pytester)
     result.assert_outcomes(skipped=3, passed=1)
-    result.stdout.fnmatch_lines(["SKIPPED*no guest can boot*qemu-system-x86_64 not found (apt-get install *"])
+    advice = lsmlab.host.to_install("qemu-system-x86_64")
+    result.stdout.fnmatch_lines([f"SKIPPED*no guest can boot*qemu-system-x86_64 not found ({advice}*"])
 
 
 def test_without_qemu_and_with_require_what_needs_a_guest_fails(

@@ -90,7 +90,7 @@ def test_an_ordinary_user_without_tools_runs_the_flagship_from_an_exported_image
     cannot = ordinary(home, "images", "build", "debian-13")
     assert cannot.returncode == 3
     assert "mmdebstrap is not installed" in cannot.stderr
-    assert "`lsmlab images import` here" in cannot.stderr
+    assert "`lsmlab images import FILE` here" in cannot.stderr
     wrong = ordinary(home, "images", "import", str(file), "--sha256", "0" * 64)
     assert (wrong.returncode, digest in wrong.stderr) == (3, True), wrong.stderr
 

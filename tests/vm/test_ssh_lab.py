@@ -142,9 +142,7 @@ def wait_for(process: Any, words: str, seconds: float = 240) -> str:
     return said
 
 
-@pytest.mark.parametrize(
-    "framework", [pytest.param(Framework.SELINUX, marks=pytest.mark.slow), Framework.APPARMOR]
-)  # test_ssh_containers has SELinux daily
+@pytest.mark.parametrize("framework", [Framework.SELINUX, pytest.param(Framework.APPARMOR, marks=pytest.mark.slow)])
 def test_the_flagship_on_a_machine_that_stays(bench: Bench, framework: Framework, tmp_path: Path) -> None:
     with bench.guest(Kernel(framework.value), "ssh lab") as machine, reached(machine, tmp_path) as port:
         machine.channel.run(["sh", "-c", PLAIN], timeout=120).check()

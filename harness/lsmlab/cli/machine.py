@@ -48,8 +48,8 @@ def labs_command(json_file: JsonOption = None) -> None:
     """List the labs: kinds of machine, their frameworks, whether this machine can run them, and whether it has.
 
     "seen" is when an outcome in the store was last as expected. "real image" is for labs whose distribution publishes
-    one: when the flagship last was as expected on it, by the record of scheduled runs that comes with lsmlab. What each
-    lab needs of this machine is in --json, there or not; what is missing is in the table as well.
+    one: when the flagship last was as expected on it, by the record of scheduled runs that comes with lsmlab. The
+    programs, memory and key that each lab needs are in --json, there or not; what is missing is in the table as well.
     """
     see_json_target(json_file)
     store = Store(paths.state() / "outcomes.sqlite")

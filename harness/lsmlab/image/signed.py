@@ -82,19 +82,23 @@ def present_key(keyring: Path) -> str:
 
 
 def expiry(keyring: Path) -> datetime.datetime | None:
-    """When the last of the keys in a file expires, as gpg lists them; None: never, or nobody can tell.
+    """When the last of the keys in a file expires, as gpg lists them; None: never.
 
     For a warning before a download: nothing is verified here, which gpgv does. Raises HostError, ImageError.
     """
-    keys, gpg = _keys(keyring), host.find("gpg")
-    if gpg is None:
-        return None
     with tempfile.TemporaryDirectory() as home:  # of its own: nothing is read from the user's, or written there
-        argv = [gpg, "--batch", "--no-autostart", "--homedir", home, "--with-colons", "--show-keys"]
-        done = subprocess.run(argv, env=host.environment(), input=keys, capture_output=True, timeout=60, check=False)
+        argv = [host.need("gpg"), "--batch", "--no-autostart", "--homedir", home, "--with-colons", "--show-keys"]
+        try:
+            done = subprocess.run(
+                argv, env=host.environment(), input=_keys(keyring), capture_output=True, timeout=60, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise HostError(f"{keyring}: gpg does not list its keys within a minute") from None
     listed = [line.split(":") for line in done.stdout.decode("utf-8", "replace").splitlines()]
-    ends = [fields[6] for fields in listed if fields[0] == "pub"]
-    if not ends or not all(end.isdigit() for end in ends):  # empty: without an end
+    ends = [fields[6] for fields in listed if fields[0] == "pub" and len(fields) > 6]
+    if not ends:
+        raise ImageError(f"{keyring}: gpg finds no key in it", hint=present_key(keyring))
+    if not all(end.isdigit() for end in ends):  # empty: without an end
         return None
     return datetime.datetime.fromtimestamp(max(map(int, ends)), datetime.UTC)
 
