@@ -35,9 +35,9 @@ class There:
     channel: Channel
     socket: str
 
-    def start(self, name: str, *, unconfined: bool = False, **container: object) -> Running:
+    def start(self, name: str, **container: object) -> Running:
         given = Container.model_validate(container, strict=False)
-        return self.engine.start(given, ARM, name=name, unconfined=unconfined)
+        return self.engine.start(given, ARM, name=name, unconfined=False)
 
     def run(self, container: Running, *argv: str) -> tuple[int, bytes, bytes]:
         """Exit status, output and errors of a command, which is run as an attempt runs it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,14 @@ import pytest
 from command import lsmlab
 from ssh_relay import reached
 
-from lsmlab import discovery
-from lsmlab.bench import Bench, open_bench
+from lsmlab.bench import Bench
 from lsmlab.channel.base import Channel
-from lsmlab.progress import Silent
 from lsmlab.terms import Kernel
 from real_vagrant import real_vagrant
 
 pytestmark = [pytest.mark.lsmlab_vm, pytest.mark.ssh]
 
 CHANGED = "find / -xdev -newer /run/before ! -type d -not -path '/var/log/*' -print; echo end"
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    with open_bench(discovery.load_lab("debian-13"), Silent()) as opened:
-        yield opened
 
 
 def survey(name: str, home: Path, more: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:

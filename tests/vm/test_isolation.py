@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from lsmlab import attempt, discovery, prepare, run
-from lsmlab.bench import Bench, open_bench
+from lsmlab.bench import Bench
 from lsmlab.channel.base import Channel
-from lsmlab.progress import Silent
 from lsmlab.scenario import Scenario
 from lsmlab.terms import Arm, Result
 
@@ -60,12 +57,6 @@ ONLY_WITH_A_FRAMEWORK = {"mode", "policy"}
 
 def traces(channel: Channel) -> dict[str, str]:
     return {name: channel.run(["sh", "-c", command]).out for name, command in TRACES.items()}
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    with open_bench(discovery.load_lab("debian-13"), Silent()) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,11 @@ from typing import Any
 import pytest
 from command import alive, gone_within
 
-from lsmlab import attempt, discovery, host
-from lsmlab.bench import Bench, open_bench
+from lsmlab import attempt, host
+from lsmlab.bench import Bench
 from lsmlab.channel.base import Channel, CommandResult
 from lsmlab.errors import MachineError
 from lsmlab.machine.qemu import QemuMachine
-from lsmlab.progress import Silent
 from lsmlab.scenario import AllowedIf, Attempt, Canary
 from lsmlab.terms import AttemptKind, Kernel
 
@@ -43,12 +42,6 @@ for address in sys.argv[1:]:
         link.settimeout(5)
         print(address, errno.errorcode.get(link.connect_ex((address, 9)), "connected"))
 """
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    with open_bench(discovery.load_lab("debian-13"), Silent()) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ import pytest
 from command import kill, lsmlab, outcomes, start
 from ssh_relay import reached
 
-from lsmlab import discovery
-from lsmlab.bench import Bench, open_bench
+from lsmlab.bench import Bench
 from lsmlab.channel.base import Channel
 from lsmlab.machine.qemu import QemuMachine
-from lsmlab.progress import Silent
 from lsmlab.terms import Framework, Kernel
 
 pytestmark = [pytest.mark.lsmlab_vm, pytest.mark.ssh]
@@ -95,12 +92,6 @@ nginx = said("systemctl", "show", "--property=MainPID", "--value", "nginx.servic
 found["label of nginx"] = text("/proc/" + nginx + "/attr/current").decode()
 print(json.dumps(found))
 """
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    with open_bench(discovery.load_lab("debian-13"), Silent()) as opened:
-        yield opened
 
 
 def look(channel: Channel) -> dict[str, Any]:

@@ -16,24 +16,16 @@ from command import gone_within, lsmlab, outcomes, start
 from ssh_relay import reached, relayed
 from test_ssh_lab import DECOY, FLAGSHIP, PLAIN, differing, environment, look, nowhere, wait_for
 
-from lsmlab import discovery
-from lsmlab.bench import Bench, open_bench
+from lsmlab.bench import Bench
 from lsmlab.errors import LsmlabError
 from lsmlab.machine import states
 from lsmlab.machine.hardware import Boot
 from lsmlab.machine.qemu import QemuMachine
-from lsmlab.progress import Silent
 from lsmlab.terms import Framework, Kernel
 
 pytestmark = [pytest.mark.lsmlab_vm, pytest.mark.ssh, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 ATTACK = ["curl", "--silent", "--path-as-is", "http://127.0.0.1/static../etc/shadow"]
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    with open_bench(discovery.load_lab("debian-13"), Silent()) as opened:
-        yield opened
 
 
 @contextlib.contextmanager
