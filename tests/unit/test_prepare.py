@@ -115,6 +115,22 @@ def test_processes_that_are_none_are_nonsense(answer: object) -> None:
         prepare.is_running(ScriptedChannel(asked={"pids": answer}), "nginx.service")
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "to_start", "stopped"),
+    [([], [], True, False), ([481], [481], True, True), ([], [481], True, True), ([481], [], False, False)],
+    ids=["off all along", "on all along", "started by the set-up", "stopped by the set-up"],
+)
+def test_a_service_that_the_set_up_stopped_stays_stopped(
+    before: list[int], after: list[int], to_start: bool, stopped: bool
+) -> None:
+    looks = iter((before, after))
+    answers = [*DONE, (r"systemctl stop", said())]
+    channel = ScriptedChannel(answers, asked={"clock": None, "pids": lambda **_: next(looks)})
+    plan = prepare.Plan("nginx.service", steps(run_step("touch", "1")), (), PolicyUnderTest(), None)
+    assert prepare.set_up(channel, Arm.DAC, plan, None) is to_start
+    assert ("systemctl stop nginx.service" in channel.lines) is stopped
+
+
 def test_a_guest_is_told_the_time_and_its_arm() -> None:
     channel = ScriptedChannel(asked={"clock": None})
     before = time.time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -40,7 +41,9 @@ def changed(channel: Channel) -> list[str]:
 def test_what_is_said_of_a_machine_is_so_and_nothing_is_left_there(
     bench: Bench, kernel: Kernel, tmp_path: Path
 ) -> None:
-    with bench.guest(kernel, "survey") as machine, reached(machine, tmp_path) as port:
+    with bench.guest(kernel, "survey") as machine, contextlib.ExitStack() as link:
+        machine.channel.run(["systemctl", "start", "nginx.service"]).check()  # before the time that is noted
+        port = link.enter_context(reached(machine, tmp_path))
         found = survey(f"root@127.0.0.1:{port}", tmp_path)
         left = changed(machine.channel)
         agents = machine.channel.run(["pgrep", "--full", "sys.argv"]).out.split()

@@ -21,6 +21,7 @@ from lsmlab import attempt, host
 from lsmlab.bench import Bench
 from lsmlab.channel.base import Channel, CommandResult
 from lsmlab.errors import MachineError
+from lsmlab.machine import qemu
 from lsmlab.machine.qemu import QemuMachine
 from lsmlab.scenario import AllowedIf, Attempt, Canary
 from lsmlab.terms import AttemptKind, Kernel
@@ -74,6 +75,15 @@ def test_qemu_is_under_its_seccomp_filter(guest: QemuMachine) -> None:
     threads = [status(folder) for folder in (proc(guest) / "task").iterdir()]
     assert threads
     assert [(said["Seccomp"], said["NoNewPrivs"]) for said in threads] == [(["2"], ["1"])] * len(threads)
+
+
+def test_a_guest_gives_way_with_all_its_threads(bench: Bench) -> None:
+    """That of the control does; a guest that somebody keeps open does not."""
+    for kept_open, nice in ((True, 0), (False, qemu.NICE)):
+        with bench.guest(Kernel.NONE, "sandbox priority", kept_open=kept_open) as machine:
+            threads = [int(folder.name) for folder in (proc(machine) / "task").iterdir()]
+            assert len(threads) > 1
+            assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {nice}
 
 
 def test_qemu_has_no_rights_of_its_own(guest: QemuMachine) -> None:
@@ -278,12 +288,12 @@ def test_what_marks_an_attempt_is_random_each_time(guest: QemuMachine) -> None:
         allowed_if=AllowedIf(output="lsmlab-{canary}:"),
     )
     channel: Any = Overheard(guest.channel)
-    opened = attempt.open_window(channel, "nginx.service", "/etc/motd")
+    opened = attempt.open_window(channel, "dbus.service", "/etc/motd")
     guest.snapshot("marks")
     seen = []
     for _ in range(2):
         guest.restore("marks")
-        seen.append(attempt.make(channel, spec, "nginx.service", opened))
+        seen.append(attempt.make(channel, spec, "dbus.service", opened))
     for made in seen:
         assert f"lsmlab-{made.canary}:" in made.output, "another canary was planted"
         assert f"auid={made.auid}" in made.log

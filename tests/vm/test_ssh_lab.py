@@ -37,7 +37,7 @@ else
     printf '%s\n' 'profile nginx /usr/sbin/nginx flags=(complain) {{ }}' > /etc/apparmor.d/of-this-machine
     apparmor_parser --replace /etc/apparmor.d/of-this-machine # another of the scenario's name
 fi
-systemctl restart nginx.service
+systemctl enable --quiet --now nginx.service
 """
 """Makes a guest a machine like others: with a secret, with audit rules of its own and none of ours."""
 LOOK = r"""
