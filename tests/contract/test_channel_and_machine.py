@@ -80,8 +80,8 @@ AGENTS = {"agent": sys.executable}
 if oldest := python_3_9():
     AGENTS["agent-on-python-3.9"] = oldest
 VM = pytest.param("qemu", marks=pytest.mark.lsmlab_vm)
-VM_OVER_SSH = pytest.param("qemu-over-ssh", marks=[pytest.mark.lsmlab_vm, pytest.mark.ssh])
-KEPT = pytest.param("kept", marks=[pytest.mark.lsmlab_vm, pytest.mark.ssh])
+VM_OVER_SSH = pytest.param("qemu-over-ssh", marks=[pytest.mark.lsmlab_vm, pytest.mark.ssh, pytest.mark.slow])
+KEPT = pytest.param("kept", marks=[pytest.mark.lsmlab_vm, pytest.mark.ssh, pytest.mark.slow])
 """A machine that is there already and stays: to restore it is to undo."""
 MACHINES = pytest.mark.parametrize("opener", ["fake", VM, VM_OVER_SSH], indirect=True)
 """For tests of a machine: the agent alone is none."""

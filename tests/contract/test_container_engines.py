@@ -24,7 +24,7 @@ from lsmlab.terms import Arm, Framework, Kernel
 pytestmark = pytest.mark.container
 
 ARM = Arm.APPARMOR_ENFORCE
-IN_A_GUEST = pytest.param("in-a-guest", marks=pytest.mark.lsmlab_vm)
+IN_A_GUEST = pytest.param("in-a-guest", marks=[pytest.mark.lsmlab_vm, pytest.mark.slow])
 
 
 @dataclass(frozen=True, slots=True)

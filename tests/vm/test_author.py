@@ -101,7 +101,8 @@ def test_what_the_labs_own_tools_refuse_is_told_with_file_and_line(lab: str, tmp
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("lab", LABS)
+@pytest.mark.slow
+@pytest.mark.parametrize("lab", ["debian-13", "debian-12"])
 def test_every_policy_of_the_library_compiles(lab: str) -> None:
     """And every type, boolean and profile that a scenario names is there. A run takes what was compiled here."""
     build_image(lab)

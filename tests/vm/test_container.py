@@ -135,7 +135,8 @@ def test_two_containers_are_kept_apart_by_their_categories(found: Outcomes) -> N
     assert ours and theirs and ours[1] != theirs[1]
 
 
-@pytest.mark.parametrize("framework", ["apparmor", pytest.param("selinux", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", ["apparmor", "selinux"])
 def test_a_containment_could_have_come_out_otherwise(tmp_path: Path, framework: str) -> None:
     file = tmp_path / "out.json"
     asked = ("run", "container-mounts-file-system", "--lab", LAB, "-f", framework, "--falsify", "--json", str(file))

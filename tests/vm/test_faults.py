@@ -70,7 +70,7 @@ def test_kill_9_a_hundred_times(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", [0.0, 2.5, 6.0])
+@pytest.mark.parametrize("moment", [0.0, pytest.param(2.5, marks=pytest.mark.slow), 6.0])
 def test_an_interrupted_run_cleans_up(tmp_path: Path, number: signal.Signals, moment: float) -> None:
     process = start(*FLAGSHIP, env=environment(tmp_path))
     guests = wait_for_guest(process)
@@ -84,7 +84,9 @@ def test_an_interrupted_run_cleans_up(tmp_path: Path, number: signal.Signals, mo
     assert scratch() == set()
 
 
-@pytest.mark.parametrize("step", ["booting", "letting", "saving"])
+@pytest.mark.parametrize(
+    "step", [pytest.param("booting", marks=pytest.mark.slow), pytest.param("letting", marks=pytest.mark.slow), "saving"]
+)
 def test_an_interrupted_boot_leaves_no_half_made_state(tmp_path: Path, step: str) -> None:
     cache = shared_copy(tmp_path / "cache" / "lsmlab")
     shutil.rmtree(cache / "states")
@@ -175,7 +177,9 @@ def spoil(file: Path, *, truncate: bool) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("truncate", [True, False], ids=["truncated", "one bit"])
+@pytest.mark.parametrize(
+    "truncate", [pytest.param(True, marks=pytest.mark.slow), False], ids=["truncated", "one bit"]
+)
 def test_a_damaged_saved_guest_is_said_and_made_anew(tmp_path: Path, truncate: bool) -> None:
     cache = shared_copy(tmp_path / "cache" / "lsmlab")
     for state in (cache / "states").glob("debian-13-none-*"):
