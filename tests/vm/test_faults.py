@@ -177,9 +177,7 @@ def spoil(file: Path, *, truncate: bool) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    "truncate", [pytest.param(True, marks=pytest.mark.slow), False], ids=["truncated", "one bit"]
-)
+@pytest.mark.parametrize("truncate", [pytest.param(True, marks=pytest.mark.slow), False], ids=["truncated", "one bit"])
 def test_a_damaged_saved_guest_is_said_and_made_anew(tmp_path: Path, truncate: bool) -> None:
     cache = shared_copy(tmp_path / "cache" / "lsmlab")
     for state in (cache / "states").glob("debian-13-none-*"):
