@@ -110,6 +110,16 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
     return ScenarioFile.from_parent(parent, path=file_path)
 
 
+def pytest_report_collectionfinish(config: pytest.Config) -> str | list[str]:
+    """Say which scenarios are no tests here, and why: what is not run has not passed."""
+    session = config.stash[SESSION]
+    if not session.left_out:
+        return []
+    from lsmlab import run
+
+    return run.left_out(session.lab, session.left_out)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a guest where none can boot, with the reason; fail it under --require=vm."""
@@ -147,7 +157,7 @@ def missing_programs(*, build_image: bool = True) -> list[str]:
 class ScenarioFile(pytest.File):
     """One scenario file: one item for each framework that the scenario speaks of and the lab has.
 
-    None where it does not belong to the lab; see `Scenario.belongs_to`.
+    None where it does not belong to the lab, which is said when all are collected; see `Scenario.belongs_to`.
     """
 
     def collect(self) -> Iterator[ScenarioItem]:
@@ -159,6 +169,7 @@ class ScenarioFile(pytest.File):
             lab = self.config.stash[SESSION].lab
             scenario = discovery.load_scenario_file(self.path)
             if not scenario.belongs_to(lab):
+                self.config.stash[SESSION].left_out += 1
                 return
             cases = run.cases([scenario], lab, [Framework(f) for f in asked_for] if asked_for else None)
         except LsmlabError as error:
@@ -267,6 +278,8 @@ class LabSession:
         self._resources = contextlib.ExitStack()
         self._benches: dict[tuple[str, ...], Bench | LsmlabError] = {}
         self._outcomes: dict[tuple[Path, Framework], Outcome] = {}
+        self.left_out = 0
+        """How many scenarios were collected that do not belong to the lab."""
 
     @property
     def is_worker(self) -> bool:

@@ -71,6 +71,14 @@ def chosen(scenarios: Sequence[Scenario], lab: Lab) -> tuple[Scenario, ...]:
     return tuple(s for s in scenarios if s.belongs_to(lab)) or tuple(scenarios)
 
 
+def left_out(lab: Lab, number: int) -> str:
+    """What is said of `number` scenarios that do not belong to `lab`; empty where there are none."""
+    if not number:
+        return ""
+    why = "not about containers" if lab.engine else "about containers or services that it has not"
+    return f"lab {lab.id}: {number} {'scenario is' if number == 1 else 'scenarios are'} {why}: left out"
+
+
 def by_image(lab: Lab, wanted: Sequence[Case]) -> tuple[tuple[Lab, tuple[Case, ...]], ...]:
     """`wanted` by the lab that serves it: `lab` itself first, then those with more packages in their image."""
     found: dict[tuple[str, ...], tuple[Lab, list[Case]]] = {}

@@ -331,6 +331,22 @@ def test_another_lab(pytester: pytest.Pytester, engine: Engine) -> None:
     assert engine.opened == [("debian-12", "auto", None)]
 
 
+@pytest.mark.parametrize("options", [(), ("-q",)])
+def test_scenarios_of_another_lab_are_said_to_be_left_out(
+    pytester: pytest.Pytester, engine: Engine, options: tuple[str, ...]
+) -> None:
+    result = run(pytester, "scenarios", *options)
+    assert "left out" not in result.stdout.str()
+    other = "container-reads-host-shadow"
+    shutil.copytree(REPO / "scenarios" / other, pytester.path / "scenarios" / other)
+    result = run(pytester, "scenarios", *options)
+    result.assert_outcomes(passed=2)
+    words = "lab debian-13: 1 scenario is about containers or services that it has not: left out"
+    assert result.outlines.count(words) == 1
+    result = run(pytester, f"scenarios/{other}", *options)
+    assert (result.ret, result.outlines.count(words)) == (pytest.ExitCode.NO_TESTS_COLLECTED, 1)
+
+
 def _lacking(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
     monkeypatch.setattr(lsmlab.host, "find", lambda program: None if program in missing else f"/usr/bin/{program}")
 

@@ -166,9 +166,8 @@ def _on_guests(
     wanted = _need_some(run.cases(taken, machine, frameworks))
 
     def experiment(progress: Progress) -> Generator[Outcome, None, None]:
-        if len(taken) < len(found):
-            why = "are not about containers" if machine.engine else "are about containers or services that it has not"
-            say(f"lab {machine.id}: {len(found) - len(taken)} scenarios {why}: left out")
+        if words := run.left_out(machine, len(found) - len(taken)):
+            say(words)
         return _outcomes(machine, wanted, progress, accelerator=accelerator, guests=guests, falsify=falsify, image=file)
 
     return experiment
