@@ -188,7 +188,7 @@ def imaged(host: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
             "root_arguments": "root=/dev/vda rw",
         }
         cache.publish(work, build.folder_of(discovery.load_lab(), "a"), debian.FILES, about)
-    host.stub("qemu-img", 'for file; do :; done; : > "$file"')
+    host.stub("qemu-img", '[ "$1" = create ] || exit 1; for file; do :; done; : > "$file"')
     return host
 
 

@@ -22,6 +22,20 @@ from lsmlab.machine.hardware import Boot, Hardware
 from lsmlab.machine.qemu import QemuMachine
 
 
+@pytest.mark.parametrize(("code", "engine"), [(0, "io_uring"), (1, "threads"), (126, "threads")])
+def test_io_uring_is_used_where_qemu_may_use_it(
+    code: int, engine: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As the machine is, and where it is off, or forbidden, or QEMU was built without."""
+    program = tmp_path / "qemu-img"
+    program.write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/asked\nexit {code}\n')
+    program.chmod(0o755)
+    need = host.need
+    monkeypatch.setattr(host, "need", lambda name: str(program) if name == "qemu-img" else need(name))
+    assert qemu.disk_engine.__wrapped__() == engine
+    assert "bench /proc/self/exe -i io_uring " in (tmp_path / "asked").read_text()
+
+
 def test_a_guest_that_starts_while_all_are_stopped_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stopped: list[str] = []
 

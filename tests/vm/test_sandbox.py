@@ -86,6 +86,11 @@ def test_a_guest_gives_way_with_all_its_threads(bench: Bench) -> None:
             assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {nice}
 
 
+def test_qemu_uses_io_uring_where_it_may(guest: QemuMachine) -> None:
+    opened = [str(link.readlink()) for link in (proc(guest) / "fd").iterdir()]
+    assert ("anon_inode:[io_uring]" in opened) is (qemu.disk_engine() == "io_uring")
+
+
 def test_qemu_has_no_rights_of_its_own(guest: QemuMachine) -> None:
     said = status(proc(guest))
     assert {said[name][0] for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {"0" * 16}
