@@ -28,7 +28,7 @@ from lsmlab.machine.qemu import QEMU, QemuMachine
 from lsmlab.machine.states import SavedState
 from lsmlab.outcome import Environment
 from lsmlab.progress import Progress
-from lsmlab.terms import CONTROL, Kernel
+from lsmlab.terms import Kernel
 
 OVERHEAD_MIB = 160
 """What a QEMU process takes besides its guest's memory."""
@@ -223,8 +223,6 @@ class Bench:
             self._give_up(kernel, state, error)
             machine = self._start_from(self.state(kernel, task), task, place)
         self._loaded.add(kernel)
-        if place is not None and kernel is CONTROL.kernel:
-            machine.give_way()  # one arm is run there, two in each of the others: those would be left at the end, alone
         return machine
 
     def _start_from(self, state: SavedState, task: str, place: contextlib.ExitStack | None) -> QemuMachine:

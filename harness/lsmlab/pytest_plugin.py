@@ -111,7 +111,10 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> str | list[str]:
-    """Say which scenarios are no tests here, and why: what is not run has not passed."""
+    """Say which scenarios are no tests here, and why: what is not run has not passed.
+
+    Not said under pytest-xdist: its own process, which has the terminal, collects nothing.
+    """
     session = config.stash[SESSION]
     if not session.left_out:
         return []

@@ -510,6 +510,15 @@ CASES = (
         reason="the effect was there before the attempt",
     ),
     Sabotage(
+        id="benign-page-missing",
+        breaks="the page of the benign attempt is not there",
+        before_window="rm /var/www/html/index.html",
+        proof="ls /var/www/html/index.html",
+        shows="No such file",
+        verdict=INCONCLUSIVE,
+        reason="front-page: the canary could not be planted",
+    ),
+    Sabotage(
         id="benign-overblocked",
         breaks="the policy denies the service's own work as well",
         setup=f"if {IS_SELINUX}; then chcon --type shadow_t /var/www/html/index.html; fi",
@@ -518,15 +527,6 @@ CASES = (
         shows="shadow_t|^0$",
         verdict=Verdict.OVERBLOCKED,
         reason="front-page: the service's own work is denied",
-    ),
-    Sabotage(
-        id="benign-page-missing",
-        breaks="the page of the benign attempt is not there",
-        before_window="rm /var/www/html/index.html",
-        proof="ls /var/www/html/index.html",
-        shows="No such file",
-        verdict=INCONCLUSIVE,
-        reason="front-page: the canary could not be planted",
     ),
     # What blocks, and is not MAC
     Sabotage(

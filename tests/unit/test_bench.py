@@ -141,9 +141,6 @@ class Guests:
             self.most = max(self.most, self.running)
         return self
 
-    def give_way(self) -> None:
-        """See `QemuMachine.give_way`."""
-
     def stop(self) -> None:
         """See `Machine.stop`."""
         with self._lock:

@@ -22,17 +22,21 @@ from lsmlab.machine.hardware import Boot, Hardware
 from lsmlab.machine.qemu import QemuMachine
 
 
-@pytest.mark.parametrize(("code", "engine"), [(0, "io_uring"), (1, "threads"), (126, "threads")])
+@pytest.mark.parametrize(
+    ("code", "words", "engine"),
+    [(0, "", "io_uring"), (0, "no io_uring: falling back", "threads"), (1, "", "threads"), (126, "", "threads")],
+)
 def test_io_uring_is_used_where_qemu_may_use_it(
-    code: int, engine: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    code: int, words: str, engine: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As the machine is, and where it is off, or forbidden, or QEMU was built without."""
     program = tmp_path / "qemu-img"
-    program.write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/asked\nexit {code}\n')
+    program.write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/asked\necho "{words}" >&2\nexit {code}\n')
     program.chmod(0o755)
     need = host.need
     monkeypatch.setattr(host, "need", lambda name: str(program) if name == "qemu-img" else need(name))
-    assert qemu.disk_engine.__wrapped__() == engine
+    monkeypatch.setattr(qemu, "_engine", "")
+    assert qemu.disk_engine() == engine
     assert "bench /proc/self/exe -i io_uring " in (tmp_path / "asked").read_text()
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from command import environment, gone_within, guests_of, kill, lsmlab, outcomes, scratch, start, wait_for_guest
 
-from lsmlab import discovery, paths
+from lsmlab import discovery, host, paths
 from lsmlab.errors import MachineError
 from lsmlab.image import build
 from lsmlab.machine.hardware import Boot, Hardware
-from lsmlab.machine.qemu import QemuMachine
+from lsmlab.machine.qemu import QEMU, QemuMachine, disk_engine
 from lsmlab.progress import Silent
 from lsmlab.store import Store
 
@@ -225,6 +225,25 @@ def test_a_qemu_that_dies_says_why(parts: tuple[build.Image, Hardware], tmp_path
     with pytest.raises(MachineError, match=r"could not (load|open) kernel"):
         QemuMachine.start("none", hardware, image.disk, boot=boot, scratch=tmp_path, timeout=25)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_qemu_that_may_not_use_io_uring_is_started_without(tmp_path: Path) -> None:
+    """Though qemu-img may: it is of another build, or a limit is reached that one of them alone has."""
+    stub = tmp_path / "bin"
+    stub.mkdir()
+    program = stub / QEMU
+    refusal = "Unable to use io_uring: failed to init linux io_uring ring: Operation not permitted"
+    program.write_text(
+        f'#!/bin/sh\ncase $* in *io_uring*) echo refused >> {tmp_path}/refused; echo "{refusal}" >&2; exit 1;; esac\n'
+        f'exec {host.need(QEMU)} "$@"\n'
+    )
+    program.chmod(0o755)
+    env = environment(tmp_path / "state", PATH=f"{stub}:{os.environ['PATH']}")
+    done = lsmlab("shell", "debian-13", "--", "echo", "here", env=env)
+    assert done.stdout == "here\n"
+    assert "does not start" not in done.stderr, "no saved state is to blame"
+    if disk_engine() == "io_uring":
+        assert (tmp_path / "refused").read_text() == "refused\n"
 
 
 def test_a_file_that_is_not_there_is_named(parts: tuple[build.Image, Hardware], tmp_path: Path) -> None:

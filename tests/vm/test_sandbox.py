@@ -77,15 +77,6 @@ def test_qemu_is_under_its_seccomp_filter(guest: QemuMachine) -> None:
     assert [(said["Seccomp"], said["NoNewPrivs"]) for said in threads] == [(["2"], ["1"])] * len(threads)
 
 
-def test_a_guest_gives_way_with_all_its_threads(bench: Bench) -> None:
-    """That of the control does; a guest that somebody keeps open does not."""
-    for kept_open, nice in ((True, 0), (False, qemu.NICE)):
-        with bench.guest(Kernel.NONE, "sandbox priority", kept_open=kept_open) as machine:
-            threads = [int(folder.name) for folder in (proc(machine) / "task").iterdir()]
-            assert len(threads) > 1
-            assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {nice}
-
-
 def test_qemu_uses_io_uring_where_it_may(guest: QemuMachine) -> None:
     opened = [str(link.readlink()) for link in (proc(guest) / "fd").iterdir()]
     assert ("anon_inode:[io_uring]" in opened) is (qemu.disk_engine() == "io_uring")

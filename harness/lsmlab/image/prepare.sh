@@ -21,6 +21,12 @@ while read -r unit; do ln -sf /dev/null "tree/etc/systemd/system/$unit"; done < 
 while read -r unit; do find tree/etc/systemd/system -type l -path "*.wants/$unit" -delete; done < disabled_units
 rm -f tree/etc/resolv.conf tree/etc/update-motd.d/*
 
+if [ -d tree/var/lib/nginx ]; then # what its first start makes anywhere: a policy need not allow that a second time
+    for name in body fastcgi proxy scgi uwsgi; do
+        chroot tree install -d -m 0700 -o www-data "/var/lib/nginx/$name"
+    done
+fi
+
 mv tree/boot/vmlinuz-* vmlinuz
 mv tree/boot/initrd.img-* initrd
 ls tree/usr/lib/modules > kernel

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
 import re
@@ -29,7 +28,7 @@ from qemu.qmp.protocol import Runstate
 from lsmlab import host, portal
 from lsmlab.channel.agent import AgentChannel
 from lsmlab.channel.base import Channel
-from lsmlab.errors import ChannelError, LsmlabError, MachineError
+from lsmlab.errors import ChannelError, HostError, LsmlabError, MachineError
 from lsmlab.machine.hardware import SSH_PORT, Boot, Hardware, OwnLoader
 
 if TYPE_CHECKING:
@@ -52,14 +51,14 @@ SILENT = logging.getLogger("lsmlab.qmp")
 """What the library of QMP logs to. Given a name for each guest, it would leave a logger for each in the process."""
 SILENT.disabled = True
 
-NICE = 5
-"""Of a guest that gives way: where others want its processor it has a quarter of it, and its own time limits hold."""
-
 SEED_SET = 9
 """The number of the seed's set of descriptors; those of the disk's layers are counted from 0."""
 
 _alive: set[QemuMachine] = set()
 _alive_lock = threading.Lock()
+_engine = ""
+"""How QEMU reads and writes disks here, once it is known."""
+_engine_lock = threading.Lock()
 _stops = 0
 """How often all guests were stopped: one that was on its way at such a moment is stopped as well."""
 
@@ -112,10 +111,13 @@ class QemuMachine:
         )
         machine = None
         try:
-            machine = cls._spawn(name, hardware, [overlay, disk, *([below] if below else [])], boot, incoming)
-            if _stops != stops:  # looked at behind the entry in _alive: either this sees it, or it was killed
-                machine._process.kill()
-            machine._attach()
+            what = (name, hardware, [overlay, disk, *([below] if below else [])], boot, incoming)
+            try:
+                machine = cls._connected(stops, *what)
+            except MachineError as error:
+                if not _do_without_io_uring(error):
+                    raise
+                machine = cls._connected(stops, *what)
             machine._come_up(incoming is not None, timeout, access)
             if keep_overlay is None:
                 overlay.unlink()  # not sooner: a start from a saved state opens it again by name
@@ -127,6 +129,19 @@ class QemuMachine:
             if isinstance(error, LsmlabError):
                 where = f"\n  last lines of its console:\n{_indent(tail)}" if tail else ""
                 raise MachineError(f"guest {name} did not come up: {error.message}{where}", hint=error.hint) from error
+            raise
+        return machine
+
+    @classmethod
+    def _connected(cls, stops: int, *what: Any) -> QemuMachine:
+        """A QEMU that answers. Killed where all guests were stopped since there were `stops` of that."""
+        machine = cls._spawn(*what)
+        try:
+            if _stops != stops:  # looked at behind the entry in _alive: either this sees it, or it was killed
+                machine._process.kill()
+            machine._attach()
+        except BaseException:
+            machine.stop()
             raise
         return machine
 
@@ -298,12 +313,6 @@ class QemuMachine:
         """See `Machine.stays`: its disk is thrown away."""
         return False
 
-    def give_way(self) -> None:
-        """Leave the processors to other guests while they want them: raises the nice value of all QEMU's threads."""
-        for thread in Path(f"/proc/{self.pid}/task").iterdir():
-            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-                os.setpriority(os.PRIO_PROCESS, int(thread.name), NICE)
-
     def snapshot(self, name: str) -> None:
         """See `Machine.snapshot`."""
         self._human(f"savevm {name}")
@@ -408,21 +417,39 @@ def _open(path: Path, flags: int) -> int:
         raise MachineError(f"{path}: cannot be opened for a guest: {error.strerror}") from error
 
 
-@functools.cache
 def disk_engine() -> str:
     """How QEMU reads and writes disks here: `io_uring`, where it may use that, or else `threads`.
 
     A snapshot is read in pieces of 32 KiB, and with threads each of them waits until another thread has had a
-    processor: beside other guests a restore then takes twice as long and more. Whether QEMU may is tried by qemu-img,
-    which reads its own file with the rights that QEMU is given.
+    processor: beside other guests a restore then takes twice as long and more.
     """
+    global _engine  # noqa: PLW0603 - it is this machine's, and asked of it once
+    with _engine_lock:
+        _engine = _engine or ("io_uring" if _may_use_io_uring() else "threads")
+        return _engine
+
+
+def _may_use_io_uring() -> bool:
+    """Whether qemu-img, with the rights that QEMU is given, reads its own file by io_uring."""
     program = host.need("qemu-img")
     tried = [program, "bench", "/proc/self/exe", "-i", "io_uring", "-c", "1", "-d", "1", "-s", "4096", "-f", "raw"]
-    done = subprocess.run(
-        host.dying_with_us(tried, rights=host.no_rights(program)), env=host.environment(), stdin=subprocess.DEVNULL,
-        capture_output=True, check=False,
-    )  # fmt: skip
-    return "io_uring" if done.returncode == 0 else "threads"
+    both = host.dying_with_us(["sh", "-c", 'exec "$@" 2>&1', "sh", *tried], rights=host.no_rights(program))
+    try:
+        said = host.run(both, what="trying io_uring", timeout=20)
+    except (HostError, OSError):
+        return False
+    return b"io_uring" not in said  # some versions say that they do without it, and go on
+
+
+def _do_without_io_uring(error: MachineError) -> bool:
+    """Have QEMUs do without io_uring from now on, where it was used and `error` is about it: qemu-img may use it, and
+    this QEMU may not, such as one of another build. False where nothing is changed."""
+    global _engine  # noqa: PLW0603 - as above
+    with _engine_lock:
+        if _engine != "io_uring" or "io_uring" not in error.message:
+            return False
+        _engine = "threads"
+        return True
 
 
 def _drive(disks: Sequence[Path], opened: Callable[[Path, int], int]) -> list[str]:
