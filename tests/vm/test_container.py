@@ -38,9 +38,8 @@ EXPECTED = {
 }
 """Written a second time, away from the scenarios: who changes one there has to mean it."""
 DAILY = (
-    "container-commands-engine", "container-nginx-serves-host-shadow",
-    "container-privileged-mounts-disk", "container-reads-host-shadow", "container-reads-host-shadow-own-profile",
-    "container-reads-other-tenant",
+    "container-reads-host-shadow", "container-reads-host-shadow-own-profile", "container-reads-other-tenant",
+    "container-serves-host-shadow",
 )  # fmt: skip
 """What `make test` runs; the slow test runs all of them."""
 CONFINED = {"selinux": "container_t", "apparmor": "docker-default"}
@@ -108,7 +107,7 @@ def test_the_control_differs_by_the_mac_alone_and_is_named_as_weaker(found: Outc
 
 def test_a_block_is_charged_to_the_attempts_own_process(found: Outcomes) -> None:
     contained = [outcome for outcome in found.values() if outcome["verdict"] == CONTAINED]
-    assert len(contained) >= 5
+    assert len(contained) >= 4
     for outcome in contained:
         (attack,) = [a for arm, a in attempts(outcome) if arm.startswith(f"{outcome['framework']}-enforc")][:1]
         denial, seen = attack["attribution"]["denial"], attack["observation"]

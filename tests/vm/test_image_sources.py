@@ -22,7 +22,7 @@ from command import environment, lsmlab, outcomes
 from lsmlab import cache, paths
 from lsmlab.image import container
 
-pytestmark = [pytest.mark.lsmlab_vm, pytest.mark.container]
+pytestmark = [pytest.mark.lsmlab_vm, pytest.mark.container, pytest.mark.slow]
 
 LAB = "docker-debian-13"
 PROGRAMS = {"skopeo": "skopeo", "docker-registry": "docker-registry"}
