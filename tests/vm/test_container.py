@@ -13,7 +13,7 @@ from command import REPO, environment, lsmlab, outcomes
 
 from lsmlab import discovery
 
-pytestmark = [pytest.mark.lsmlab_vm, pytest.mark.container]
+pytestmark = [pytest.mark.lsmlab_vm, pytest.mark.container, pytest.mark.slow]
 
 LAB = "docker-debian-13"
 ERRORS = REPO / "tests" / "vm" / "containers"
@@ -41,7 +41,7 @@ DAILY = (
     "container-nginx-serves-host-shadow", "container-reads-host-shadow", "container-reads-host-shadow-own-profile",
     "container-reads-other-tenant",
 )  # fmt: skip
-"""What `make test` runs; the slow test runs all of them."""
+"""Those that are looked at closely; one test runs all of them."""
 CONFINED = {"selinux": "container_t", "apparmor": "docker-default"}
 UNCONFINED = {"selinux": "spc_t", "apparmor": "unconfined"}
 Outcomes = dict[tuple[str, str], dict[str, Any]]
@@ -75,7 +75,6 @@ def test_the_daily_scenarios_are_as_expected(found: Outcomes) -> None:
     assert all(outcome["as_expected"] for outcome in found.values())
 
 
-@pytest.mark.slow
 def test_every_container_scenario_is_as_expected(tmp_path: Path) -> None:
     """Nothing named: all of the library that belongs to a lab with an engine."""
     file = tmp_path / "out.json"
@@ -134,7 +133,6 @@ def test_two_containers_are_kept_apart_by_their_categories(found: Outcomes) -> N
     assert ours and theirs and ours[1] != theirs[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["apparmor", "selinux"])
 def test_a_containment_could_have_come_out_otherwise(tmp_path: Path, framework: str) -> None:
     file = tmp_path / "out.json"

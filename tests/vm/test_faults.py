@@ -70,7 +70,9 @@ def test_kill_9_a_hundred_times(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", [0.0, pytest.param(2.5, marks=pytest.mark.slow), 6.0])
+@pytest.mark.parametrize(
+    "moment", [pytest.param(0.0, marks=pytest.mark.slow), pytest.param(2.5, marks=pytest.mark.slow), 6.0]
+)
 def test_an_interrupted_run_cleans_up(tmp_path: Path, number: signal.Signals, moment: float) -> None:
     process = start(*FLAGSHIP, env=environment(tmp_path))
     guests = wait_for_guest(process)

@@ -22,7 +22,7 @@ from lsmlab.channel.base import Channel
 from lsmlab.machine.qemu import QemuMachine
 from lsmlab.terms import Framework, Kernel
 
-pytestmark = [pytest.mark.lsmlab_vm, pytest.mark.ssh]
+pytestmark = [pytest.mark.lsmlab_vm, pytest.mark.ssh, pytest.mark.slow]
 
 FLAGSHIP = "nginx-reads-shadow"
 DECOY = "DecoyOfALeak7f3a9c51"
@@ -133,7 +133,7 @@ def wait_for(process: Any, words: str, seconds: float = 240) -> str:
     return said
 
 
-@pytest.mark.parametrize("framework", [Framework.SELINUX, pytest.param(Framework.APPARMOR, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("framework", list(Framework))
 def test_the_flagship_on_a_machine_that_stays(bench: Bench, framework: Framework, tmp_path: Path) -> None:
     with bench.guest(Kernel(framework.value), "ssh lab") as machine, reached(machine, tmp_path) as port:
         machine.channel.run(["sh", "-c", PLAIN], timeout=120).check()
