@@ -40,6 +40,39 @@ def test_io_uring_is_used_where_qemu_may_use_it(
     assert "bench /proc/self/exe -i io_uring " in (tmp_path / "asked").read_text()
 
 
+@pytest.mark.parametrize("known", ["io_uring", "threads"], ids=["first to see it", "another guest saw it first"])
+def test_a_qemu_that_refuses_io_uring_is_started_without_it(
+    known: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Guests start side by side: who was told of io_uring before another one gave it up is refused later."""
+    answers: list[str] = []
+
+    class Spawned:
+        def _attach(self) -> None:
+            answers.append(qemu.disk_engine())
+            if len(answers) == 1:
+                raise MachineError("QEMU ended or does not answer: Unable to use io_uring")
+
+        def _come_up(self, *_: Any) -> None: ...
+
+        def console_tail(self) -> str:
+            return ""
+
+        def stop(self) -> None: ...
+
+    def no_disk(argv: list[str], **_: Any) -> bytes:
+        Path(argv[-1]).touch()
+        return b""
+
+    monkeypatch.setattr(qemu, "_engine", known)
+    monkeypatch.setattr(host, "run", no_disk)
+    monkeypatch.setattr(host, "need", str)
+    monkeypatch.setattr(QemuMachine, "_spawn", lambda *_: Spawned())
+    boot = Boot(tmp_path / "kernel", tmp_path / "initrd", "")
+    QemuMachine.start("g", Hardware("tcg", 512, "x"), tmp_path / "disk", boot=boot, scratch=tmp_path)
+    assert (len(answers), answers[-1]) == (2, "threads")
+
+
 def test_a_guest_that_starts_while_all_are_stopped_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stopped: list[str] = []
 

@@ -115,8 +115,9 @@ class QemuMachine:
             try:
                 machine = cls._connected(stops, *what)
             except MachineError as error:
-                if not _do_without_io_uring(error):
+                if "io_uring" not in error.message:
                     raise
+                _do_without_io_uring()  # also where another guest, started beside this one, has seen to it already
                 machine = cls._connected(stops, *what)
             machine._come_up(incoming is not None, timeout, access)
             if keep_overlay is None:
@@ -441,15 +442,11 @@ def _may_use_io_uring() -> bool:
     return b"io_uring" not in said  # some versions say that they do without it, and go on
 
 
-def _do_without_io_uring(error: MachineError) -> bool:
-    """Have QEMUs do without io_uring from now on, where it was used and `error` is about it: qemu-img may use it, and
-    this QEMU may not, such as one of another build. False where nothing is changed."""
+def _do_without_io_uring() -> None:
+    """Have QEMUs do without io_uring from now on: qemu-img may use it, and QEMU, perhaps of another build, may not."""
     global _engine  # noqa: PLW0603 - as above
     with _engine_lock:
-        if _engine != "io_uring" or "io_uring" not in error.message:
-            return False
         _engine = "threads"
-        return True
 
 
 def _drive(disks: Sequence[Path], opened: Callable[[Path, int], int]) -> list[str]:
@@ -458,14 +455,14 @@ def _drive(disks: Sequence[Path], opened: Callable[[Path, int], int]) -> list[st
     Of a set of descriptors QEMU takes the one whose mode is asked for; a start from a saved state reads the overlay
     before it writes. The names in the files' own headers do not count.
     """
-    sets, drive = [], "if=none,id=disk,cache=unsafe,discard=unmap"
+    sets, drive, engine = [], "if=none,id=disk,cache=unsafe,discard=unmap", disk_engine()
     for number, disk in enumerate(disks):
         modes = (os.O_RDONLY,) if number else (os.O_RDONLY, os.O_RDWR)
         for flags in modes:
             sets += ["-add-fd", f"fd={opened(disk, flags)},set={number}"]
         layer = "backing." * number
         drive += f",{layer}driver=qcow2,{layer}file.driver=file,{layer}file.filename=/dev/fdset/{number}"
-        drive += f",{layer}file.aio={disk_engine()}"
+        drive += f",{layer}file.aio={engine}"
     return [*sets, "-drive", drive]
 
 
