@@ -30,7 +30,6 @@ import testinfra
 from lsmlab import attempt, discovery, host, paths, prepare, run
 from lsmlab.bench import Bench, open_bench
 from lsmlab.lab import Lab
-from lsmlab.machine import states
 from lsmlab.machine.hardware import Boot
 from lsmlab.machine.qemu import QEMU, QemuMachine
 from lsmlab.progress import Silent
@@ -230,7 +229,7 @@ class FreshGuest:
                 "-netdev", f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{self._port}-:22",
                 "-device", "virtio-net-pci,netdev=net,romfile=",
                 "-kernel", str(bench.image.kernel), "-initrd", str(bench.image.initrd),
-                "-append", states.command_line(bench.lab, bench.image, kernel),
+                "-append", bench.command_line(kernel),
             ]),
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
@@ -276,7 +275,7 @@ def prepare_usual(bench: Bench, work: Path) -> tuple[Path, Path]:
     path = work / "key"
     key.write_private_key_file(str(path))
     disk = work / "usual.qcow2"
-    boot = Boot(bench.image.kernel, bench.image.initrd, states.command_line(bench.lab, bench.image, Kernel.SELINUX))
+    boot = Boot(bench.image.kernel, bench.image.initrd, bench.command_line(Kernel.SELINUX))
     machine = QemuMachine.start(
         "usual", bench.hardware, bench.image.disk, boot=boot, scratch=work, keep_overlay=disk, timeout=300
     )

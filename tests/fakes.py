@@ -314,7 +314,7 @@ class FakeBench:
 
     def command_line(self, kernel: Kernel) -> str:
         """See `Workbench.command_line`."""
-        return states.command_line(self.lab, self.image, kernel)
+        return states.command_line(self.lab, self.image, kernel, "tcg")
 
     @property
     def as_bench(self) -> Bench:

@@ -163,7 +163,7 @@ class Bench:
 
     def command_line(self, kernel: Kernel) -> str:
         """See `Workbench.command_line`."""
-        return states.command_line(self.lab, self.image, kernel)
+        return states.command_line(self.lab, self.image, kernel, self.acceleration.name)
 
     def close(self) -> None:
         """Let no further guest start, boots included: the program was asked to stop."""

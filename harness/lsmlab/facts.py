@@ -155,6 +155,13 @@ def domain_of(label: str) -> str:
     return re.sub(r" \((?:enforce|complain|kill|unconfined|mixed|user)\)$", "", label)
 
 
+def pids(answer: Any, unit: str) -> list[int]:
+    """The agent's answer to `pids`: the processes of `unit`. Raises ChannelError where it is none."""
+    if type(answer) is not list or not all(type(pid) is int and pid > 0 for pid in answer):
+        raise ChannelError(f"the agent answered nonsense: {str(answer)[:200]} for the processes of {unit}")
+    return answer
+
+
 def read(model: type[M], answer: Any) -> M:
     """The agent's `answer` as a record. Raises ChannelError where it is nonsense: a guest is not trusted."""
     try:

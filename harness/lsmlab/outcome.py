@@ -31,6 +31,8 @@ class ArmRecord(JudgedArm):
 
     lsm: tuple[str, ...] = ()
     command_line: str = ""
+    started_in: Arm | None = None
+    """The arm that the service was started in, where it was another one: only the mode was switched since."""
     images: tuple[ImageRecord, ...] = ()
     """What its containers were made of, where that is not BusyBox alone."""
     seconds: float = 0.0

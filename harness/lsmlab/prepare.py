@@ -58,7 +58,7 @@ class Prepared:
     """What came of it."""
 
     service_active: bool
-    setup_denials: tuple[Denial, ...]
+    setup_denials: tuple[Denial, ...] = ()
     container: Running | None = None
 
 
@@ -153,6 +153,14 @@ def enter(channel: Channel, arm: Arm, plan: Plan, *, start: bool) -> Prepared:
     return Prepared(service_active=started, setup_denials=denials, container=running)
 
 
+def switch(channel: Channel, arm: Arm, plan: Plan) -> None:
+    """Enter the mode of `arm` with the service running, as another arm of the kernel left it. Raises as `set_up`."""
+    driver = FRAMEWORKS[arm.framework]
+    mark(channel, arm)
+    driver.enter(channel, arm, plan.policy)
+    driver.settle(channel, arm)
+
+
 def _deliver(channel: Channel, arm: Arm, made: Made, tell: Tell) -> None:
     """Have the engine have one image. Raises EngineError and ChannelError."""
     from lsmlab.container import delivery  # noqa: PLC0415 - as below
@@ -194,9 +202,22 @@ def _start_container(channel: Channel, arm: Arm, plan: Plan, container: Containe
     return engine.start(container, arm, name="subject", unconfined=arm.unconfined, group=SLICE)
 
 
-def bring_into(channel: Channel, arm: Arm, plan: Plan, image: Image | None, tell: Tell = lambda _: None) -> Prepared:
-    """Prepare the guest behind `channel` for `arm`. Raises as `set_up`."""
-    return enter(channel, arm, plan, start=set_up(channel, arm, plan, image, tell))
+def bring_into(
+    channel: Channel,
+    arm: Arm,
+    plan: Plan,
+    image: Image | None,
+    tell: Tell = lambda _: None,
+    *,
+    started_in: Arm | None = None,
+) -> Prepared:
+    """Prepare the guest behind `channel` for `arm`; `started_in`: the arm that the service is started in, where it is
+    another one. Raises as `set_up`."""
+    first = started_in or arm
+    prepared = enter(channel, first, plan, start=set_up(channel, first, plan, image, tell))
+    if first is not arm:
+        switch(channel, arm, plan)
+    return prepared
 
 
 def program_of(channel: Channel, unit: str) -> str:
@@ -210,10 +231,7 @@ def program_of(channel: Channel, unit: str) -> str:
 
 def is_running(channel: Channel, unit: str) -> bool:
     """True while the unit has a process."""
-    answer = channel.ask("pids", unit=unit)
-    if type(answer) is not list or not all(type(pid) is int and pid > 0 for pid in answer):
-        raise ChannelError(f"the agent answered nonsense: {str(answer)[:200]} for the processes of {unit}")
-    return bool(answer)
+    return bool(facts.pids(channel.ask("pids", unit=unit), unit))
 
 
 def _start(channel: Channel, unit: str) -> tuple[bool, tuple[Denial, ...]]:

@@ -6,7 +6,7 @@ import datetime
 import functools
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lsmlab import attempt, dac, prepare, verdict
@@ -113,7 +113,8 @@ def _boots(wanted: Sequence[Case]) -> dict[tuple[str, Kernel], tuple[Arm, ...]]:
     found: dict[tuple[str, Kernel], list[Arm]] = {}
     for name in dict.fromkeys(c.scenario.id for c in wanted):
         arms = dict.fromkeys(arm for c in wanted if c.scenario.id == name for arm in c.arms)
-        for arm in sorted(arms, key=lambda arm: arm is CONTROL):  # the control has one arm only: the shortest last
+        # The control has one arm only: the shortest last. A logging arm goes on from the enforcing one
+        for arm in sorted(arms, key=lambda arm: (arm is CONTROL, arm.logging)):
             found.setdefault((name, arm.kernel), []).append(arm)
     return {key: tuple(arms) for key, arms in found.items()}
 
@@ -122,7 +123,7 @@ def run_boot(bench: Workbench, scenario: Scenario, arms: Sequence[Arm]) -> dict[
     """All attempts of `scenario` in the arms of one kernel, each from its arm's snapshot. What breaks is recorded.
 
     The set-up is done once, in one guest. Where the guest dies, that arm is an error, and one other guest is started
-    for those that are left.
+    for those that are left: also for a logging arm that cannot go on from the enforcing one.
     """
     records: dict[Arm, ArmRecord] = {}
     for _ in range(GUESTS_A_BOOT):
@@ -139,7 +140,10 @@ def _broken(bench: Workbench, arm: Arm, error: str, seconds: float = 0.0) -> Arm
 
 
 def _run_boot(bench: Workbench, scenario: Scenario, arms: Sequence[Arm]) -> dict[Arm, ArmRecord]:
-    """The records of `arms`, or of the first of them, where the guest dies."""
+    """The records of `arms`, or of the first of them: where the guest dies, or the second does not go on from it.
+
+    A logging arm behind the enforcing one goes on from there, see `_going_on`; one that cannot has a guest of its own.
+    """
     kernel, task = arms[0].kernel, f"{scenario.id} {arms[0].kernel}"
     plan = prepare.plan_of(scenario, bench.lab, kept=bench.image is None)
     records: dict[Arm, ArmRecord] = {}
@@ -152,13 +156,21 @@ def _run_boot(bench: Workbench, scenario: Scenario, arms: Sequence[Arm]) -> dict
             bench.progress.step(task, "set-up: policy, files, users")
             tell = functools.partial(bench.progress.step, task)
             to_start = prepare.set_up(machine.channel, arms[0], plan, bench.image, tell)
-            if len(arms) > 1:
+            logging_last = [arm.logging for arm in arms] == [False, True]
+            goes_on = logging_last and not machine.stays and not plan.after_start  # those are done in each arm's mode
+            if len(arms) > 1 and not goes_on:
                 machine.snapshot(SET_UP)
             for number, arm in enumerate(arms):
                 try:
-                    if number:
-                        machine.restore(SET_UP)
-                    record = _attempts(bench, machine, scenario, plan, arm, task, start=to_start)
+                    if number and goes_on:
+                        found = _going_on(bench, machine, scenario, plan, arm, task, records[arms[0]])
+                        if found is None:
+                            break
+                        record = found
+                    else:
+                        if number:
+                            machine.restore(SET_UP)
+                        record = _starting(bench, machine, scenario, plan, arm, task, start=to_start)
                 except (LsmlabError, OSError) as error:
                     record = _broken(bench, arm, str(error))
                 seconds = round(time.monotonic() - start, 3)
@@ -174,16 +186,51 @@ def _run_boot(bench: Workbench, scenario: Scenario, arms: Sequence[Arm]) -> dict
     return records
 
 
-def _attempts(
+def _starting(
     bench: Workbench, machine: Machine, scenario: Scenario, plan: prepare.Plan, arm: Arm, task: str, *, start: bool
 ) -> ArmRecord:
+    """The record of an arm whose service is started in its mode."""
     bench.progress.step(task, f"{arm}: mode, service")
-    anew = machine.stays and plan.container is not None  # no memory is restored there: a container for each attempt
-    if anew:
+    enter = functools.partial(prepare.enter, machine.channel, arm, plan, start=start)
+    if machine.stays and plan.container is not None:  # no memory is restored there: a container for each attempt
         machine.snapshot(READY)
-    prepared = prepare.enter(machine.channel, arm, plan, start=start)
+        return _attempts(bench, machine, scenario, plan, arm, task, enter(), anew=enter)
+    return _attempts(bench, machine, scenario, plan, arm, task, enter())
+
+
+def _going_on(
+    bench: Workbench, machine: Machine, scenario: Scenario, plan: prepare.Plan, arm: Arm, task: str, before: ArmRecord
+) -> ArmRecord | None:
+    """The record of a logging arm with the very processes of the enforcing one, `before`: only the mode is switched.
+
+    None where not all of its attempts are allowed: what the service was denied at its start may then be why, and the
+    arm has to start it. Raises as `prepare.switch` does, which makes the arm an error.
+    """
+    if before.error or not before.service_active:
+        return None
+    machine.restore(READY)
+    bench.progress.step(task, f"{arm}: mode")
+    prepare.switch(machine.channel, arm, plan)
+    record = _attempts(bench, machine, scenario, plan, arm, task, prepare.Prepared(service_active=True))
+    if machine.running and any(seen.result is not Result.ALLOWED for seen in record.attempts):
+        return None
+    return record.model_copy(update={"started_in": before.arm})
+
+
+def _attempts(
+    bench: Workbench,
+    machine: Machine,
+    scenario: Scenario,
+    plan: prepare.Plan,
+    arm: Arm,
+    task: str,
+    prepared: prepare.Prepared,
+    *,
+    anew: Callable[[], prepare.Prepared] | None = None,
+) -> ArmRecord:
+    """The record of an arm whose service is ready: each attempt from there, or from what `anew` prepares."""
     opened = attempt.open_window(machine.channel, plan.unit, plan.object_path)
-    if not anew:
+    if anew is None:
         machine.snapshot(READY)
     records: list[AttemptRecord] = []
     for number, spec in enumerate(scenario.attempts):
@@ -191,8 +238,8 @@ def _attempts(
         try:
             if number:
                 machine.restore(READY)
-            if number and anew:
-                prepared = prepare.enter(machine.channel, arm, plan, start=start)
+            if number and anew is not None:
+                prepared = anew()
             if number and machine.stays:  # its log has gone on
                 opened = attempt.open_window(machine.channel, plan.unit, plan.object_path)
             seen = attempt.make(machine.channel, spec, plan.unit, opened, prepared.container, withhold=machine.stays)

@@ -108,14 +108,21 @@ def open_on_attempt(bench: Bench, scenario: Scenario, arm: Arm, attempt_id: str)
 
 
 def open_before_attempt(
-    bench: Bench, scenario: Scenario, arm: Arm, spec: Attempt, argv: Sequence[str] = ()
+    bench: Bench,
+    scenario: Scenario,
+    arm: Arm,
+    spec: Attempt,
+    argv: Sequence[str] = (),
+    *,
+    started_in: Arm | None = None,
 ) -> CommandResult | None:
     """A root shell in a fresh guest of `arm` in the state just before an attempt, its command ready at the prompt.
 
-    The canary is planted. With `argv` that command is run there instead, and its result returned.
+    The canary is planted. With `argv` that command is run there instead, and its result returned. `started_in`: the arm
+    that the service is started in, where it is another one.
     """
     with bench.guest(arm.kernel, f"rewind {arm}", kept_open=True) as machine:
-        plan, container = _enter(bench, machine, arm, scenario, f"rewind {arm}")
+        plan, container = _enter(bench, machine, arm, scenario, f"rewind {arm}", started_in)
         opened = attempt.open_window(machine.channel, plan.unit, plan.object_path)
         canary = attempt.plant(machine.channel, spec)
         typed = _by_hand(machine.channel, spec, opened, container)
@@ -181,12 +188,13 @@ def _bring_into(bench: Bench, machine: QemuMachine, arm: Arm, scenario: Scenario
 
 
 def _enter(
-    bench: Bench, machine: QemuMachine, arm: Arm, scenario: Scenario, task: str
+    bench: Bench, machine: QemuMachine, arm: Arm, scenario: Scenario, task: str, started_in: Arm | None = None
 ) -> tuple[prepare.Plan, Running | None]:
     bench.progress.step(task, "entering the arm")
     tell = functools.partial(bench.progress.step, task)
     with prepare.with_images(prepare.plan_of(scenario, bench.lab), scenario, bench.lab, bench.progress, task) as plan:
-        return plan, prepare.bring_into(machine.channel, arm, plan, bench.image, tell).container
+        prepared = prepare.bring_into(machine.channel, arm, plan, bench.image, tell, started_in=started_in)
+        return plan, prepared.container
 
 
 def need_terminal() -> None:

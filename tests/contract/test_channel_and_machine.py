@@ -33,7 +33,6 @@ from lsmlab.channel.base import Channel, CommandResult
 from lsmlab.channel.ssh import Access, open_ssh
 from lsmlab.errors import ChannelError, CommandTimeoutError, LsmlabError, MachineError
 from lsmlab.image.seed import KeyPair
-from lsmlab.machine import states
 from lsmlab.machine.base import Machine
 from lsmlab.machine.hardware import Boot, Network
 from lsmlab.machine.qemu import QemuMachine
@@ -170,7 +169,7 @@ def over_ssh_in_a_guest(folder: Path) -> Iterator[Opener]:
     access = Access("root", folder / "key", folder / "known")
     with open_bench(discovery.load_lab("debian-13"), Silent()) as bench:
         made_of = dataclasses.replace(bench.hardware, network=Network.OURS)
-        boot = Boot(bench.image.kernel, bench.image.initrd, states.command_line(bench.lab, bench.image, Kernel.NONE))
+        boot = Boot(bench.image.kernel, bench.image.initrd, bench.command_line(Kernel.NONE))
         disk, ram = folder / "disk.qcow2", folder / "ram"
         first = QemuMachine.start(
             "over-ssh", made_of, bench.image.disk, boot=boot, scratch=folder, keep_overlay=disk, timeout=300

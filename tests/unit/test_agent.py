@@ -1483,8 +1483,43 @@ def test_a_machine_without_threads_is_still_answered(asked: Asked, monkeypatch: 
     assert set(asked.answers(2)) == {1, 2}
 
 
-def test_no_thread_is_left_behind(asked: Asked) -> None:
+def test_threads_wait_for_the_next_question_but_few(asked: Asked) -> None:
     before = threading.active_count()
     asked.send(*({"id": number, "do": "ping"} for number in range(100)))
     assert len(asked.answers(100)) == 100
+    wait_until(lambda: threading.active_count() <= before + agent.IDLE_THREADS)
+
+
+def test_one_question_after_the_other_is_answered_by_the_same_thread(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(agent.OPERATIONS, "ping", threading.get_ident)
+    asked.send({"id": 1, "do": "ping"})
+    first = asked.answer()["answer"]
+    for number in range(2, 20):
+        asked.send({"id": number, "do": "ping"})
+        assert asked.answer()["answer"] == first
+
+
+def test_no_thread_is_left_behind() -> None:
+    before = threading.active_count()
+    other = Asked()
+    other.send(*({"id": number, "do": "ping"} for number in range(20)))
+    other.answers(20)
+    other.end()
     wait_until(lambda: threading.active_count() <= before)
+
+
+def test_who_is_gone_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread goes on: a connection may be lost while something is done."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    answering = agent._Answering(writing)
+    answering.answer({"id": 1, "do": "ping"})
+    wait_until(lambda: answering._idle == 1)
+    done = threading.Event()
+    monkeypatch.setitem(agent.OPERATIONS, "ping", done.set)
+    answering.answer({"id": 2, "do": "ping"})
+    assert done.wait(20)
+    answering.end()
+    os.close(writing)

@@ -357,17 +357,68 @@ def test_the_arms_of_a_kernel_share_a_guest_and_its_set_up(bench_of: BenchOf) ->
     steps = ["usermod --append --groups shadow www-data", "write /srv/www/logo.svg", "write /srv/www/other.svg"]
     set_up = [*into_arm, "ask pids", *steps, "ask relabel", "ask pids", "systemctl stop nginx.service"]
     start = ["ask audit_state", "systemctl start nginx.service"]
-    in_selinux = [
-        *into_arm, "write /sys/fs/selinux/enforce", "ask mode", *start, "write /sys/fs/selinux/commit_pending_bools",
-        *tried,
-    ]  # fmt: skip
+    mode, settled = ["write /sys/fs/selinux/enforce", "ask mode"], "write /sys/fs/selinux/commit_pending_bools"
+    enforcing, permissive = [*into_arm, *mode, *start, settled, *tried], [*into_arm, *mode, settled, *tried]
     assert guests.lines(Kernel.NONE) == [[*set_up, *into_arm, *start, *tried]]
-    assert guests.lines(Kernel.SELINUX) == [[*set_up, "snapshot set-up", *in_selinux, "restore set-up", *in_selinux]]
+    assert guests.lines(Kernel.SELINUX) == [[*set_up, *enforcing, "restore ready", *permissive]]
     (in_apparmor,) = guests.lines(Kernel.APPARMOR)
     assert len([line for line in in_apparmor if line in steps]) == len(steps)
     loads = [line for line in in_apparmor if line.startswith("apparmor_parser --replace")]
-    assert [("--Complain" in line) for line in loads] == [True, False]
-    assert in_apparmor.index("snapshot set-up") < in_apparmor.index(loads[0])
+    assert [("--Complain" in line) for line in loads] == [False, True]
+    assert in_apparmor.count("systemctl start nginx.service") == 1
+    assert in_apparmor.index("systemctl start nginx.service") < in_apparmor.index(loads[1])
+
+
+def test_a_logging_arm_goes_on_with_the_processes_of_the_enforcing_one(bench_of: BenchOf) -> None:
+    for found in outcomes(bench_of(), [flagship()]):
+        assert [arm.started_in for arm in found.arms] == [None, found.arms[2].arm, None]
+        assert found.verdict is Verdict.CONTAINED, found.reason
+
+
+def test_a_weaker_control_and_the_enforcing_arm_have_a_start_each_in_one_guest(bench_of: BenchOf, lab: Lab) -> None:
+    guests = Guests()
+    (found,) = run.run(bench_of(guests).as_bench, run.cases([flagship()], lab, [APPARMOR], unconfined=True))
+    assert [arm.started_in for arm in found.arms] == [None, None]
+    (machine,) = guests.by_kernel[Kernel.APPARMOR]
+    turns = [f"snapshot {READY}", f"restore {READY}"]
+    assert machine.turns == [f"snapshot {SET_UP}", *turns, f"restore {SET_UP}", *turns]
+    assert machine.channel.lines.count("systemctl start nginx.service") == 2
+
+
+@pytest.mark.parametrize("lacking", ["the attack", "benign work"])
+def test_a_logging_arm_that_lacks_something_starts_the_service_itself(bench_of: BenchOf, lacking: str) -> None:
+    """In the enforcing mode the service may have been denied at its start what an attempt needs."""
+
+    def fail(nginx: Nginx, arguments: Any) -> Any:
+        attack = arguments["request"]["path"].endswith("/etc/shadow")
+        if attack is (lacking == "the attack") and "systemctl start nginx.service" in started_in_enforcing:
+            return None if nginx.state["enforcing"] else {**nginx._attempt(**arguments), "result": visited(500, "")}
+        return None
+
+    started_in_enforcing: list[str] = []
+
+    def trouble(nginx: Nginx, line: str, detail: Any) -> Any:
+        if line == "systemctl start nginx.service":
+            started_in_enforcing[:] = [line] if nginx.state["enforcing"] else []
+        return fail(nginx, detail) if line == "ask attempt" else None
+
+    guests = Guests(trouble)
+    selinux, other = outcomes(bench_of(guests), [flagship()])
+    assert selinux.verdict is Verdict.CONTAINED, selinux.reason
+    assert [arm.started_in for arm in selinux.arms] == [None, None, None]
+    assert whole(selinux, PERMISSIVE)
+    first, second = guests.lines()
+    assert first.count("systemctl start nginx.service") == second.count("systemctl start nginx.service") == 1
+    assert "ask relabel" in second, "it has a set-up of its own"
+    assert [arm.started_in for arm in other.arms] == [None, Arm.APPARMOR_ENFORCE, None]
+
+
+def test_what_a_logging_arm_lacks_with_a_start_of_its_own_is_in_its_record(bench_of: BenchOf) -> None:
+    guests = Guests(at("ask attempt", lambda nginx, _: {**nginx._attempt(**_), "result": visited(500, "")}, PERMISSIVE))
+    selinux, _ = outcomes(bench_of(guests), [flagship()])
+    assert [a.result for a in attempts(selinux.arm(PERMISSIVE)).values()] == [Result.UNCLEAR] * 2
+    assert selinux.verdict is Verdict.INCONCLUSIVE
+    assert len(guests.selinux) == 2
 
 
 def test_each_arm_is_entered_under_its_own_name(bench_of: BenchOf) -> None:
@@ -380,7 +431,7 @@ def test_each_arm_is_entered_under_its_own_name(bench_of: BenchOf) -> None:
     outcomes(bench_of(Guests(trouble)), [flagship()])
     # Each with what it was before: after the set-up it is the first arm's, and so it is after the restore
     assert entered == [
-        ("", PERMISSIVE), (PERMISSIVE, PERMISSIVE), (PERMISSIVE, "0"), (PERMISSIVE, ENFORCING), (ENFORCING, "1"),
+        ("", ENFORCING), (ENFORCING, ENFORCING), (ENFORCING, "1"), (ENFORCING, PERMISSIVE), (PERMISSIVE, "0"),
     ]  # fmt: skip
 
 
@@ -396,26 +447,21 @@ def test_an_arm_knows_nothing_of_the_one_before_it(bench_of: BenchOf) -> None:
     turns = [f"snapshot {READY}", f"restore {READY}"]
     for kernel in (Kernel.SELINUX, Kernel.APPARMOR):
         (machine,) = guests.by_kernel[kernel]
-        assert machine.turns == [f"snapshot {SET_UP}", *turns, f"restore {SET_UP}", *turns]
+        assert machine.turns == [*turns, f"restore {READY}", *turns]
         assert not machine.running
 
 
-def test_an_arm_starts_from_a_service_that_is_stopped(bench_of: BenchOf) -> None:
+def test_the_enforcing_arm_starts_from_a_service_that_is_stopped(bench_of: BenchOf) -> None:
     found: list[bool] = []
     trouble = at("write /sys/fs/selinux/enforce", lambda nginx, _: found.append(nginx.state["running"]))
     outcomes(bench_of(Guests(trouble)), [flagship()])
-    assert found == [False, False]
+    assert found == [False, True], "and the logging arm from one that runs"
 
 
 def test_a_single_attempt_needs_no_restore(bench_of: BenchOf) -> None:
     guests = Guests()
     outcomes(bench_of(guests), [flagship(attempts=[scenario().attempts[0].model_dump(by_alias=True)])])
-    assert guests.selinux[0].turns == [
-        f"snapshot {SET_UP}",
-        f"snapshot {READY}",
-        f"restore {SET_UP}",
-        f"snapshot {READY}",
-    ]
+    assert guests.selinux[0].turns == [f"snapshot {READY}", f"restore {READY}", f"snapshot {READY}"]
 
 
 def test_the_control_is_run_once_for_both_frameworks(bench_of: BenchOf) -> None:
@@ -453,8 +499,8 @@ def test_what_is_told_of_a_guests_progress(bench_of: BenchOf) -> None:
     outcomes(bench_of(progress=Told()), [flagship()])
     assert [text for task, text in told if task == "nginx-reads-shadow selinux"] == [
         "set-up: policy, files, users",
-        *(f"{arm}: {text}" for arm in (PERMISSIVE, ENFORCING)
-          for text in ("mode, service", "attack read-shadow", "benign front-page")),
+        *(f"{arm}: {text}" for arm, way in ((ENFORCING, "mode, service"), (PERMISSIVE, "mode"))
+          for text in (way, "attack read-shadow", "benign front-page")),
         "done",
     ]  # fmt: skip
 
@@ -585,15 +631,18 @@ def test_a_policy_that_does_not_load_is_the_error_of_both_arms(bench_of: BenchOf
 
 
 def test_a_set_up_that_cannot_be_kept_is_the_error_of_both_arms(
-    bench_of: BenchOf, monkeypatch: pytest.MonkeyPatch
+    bench_of: BenchOf, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def snapshot(_: object, name: str) -> None:
         raise MachineError(f"snapshot {name}: no space")
 
     monkeypatch.setattr(ScriptedMachine, "snapshot", snapshot)
+    (found,) = run.run(bench_of().as_bench, run.cases([flagship()], lab, [APPARMOR], unconfined=True))
+    assert [arm.error for arm in found.arms] == ["snapshot set-up: no space"] * 2
     selinux, _ = outcomes(bench_of(), [flagship()])
-    assert [error_of(selinux, arm) for arm in (PERMISSIVE, ENFORCING)] == ["snapshot set-up: no space"] * 2
-    assert error_of(selinux, Arm.DAC) == "snapshot ready: no space", "where there is one arm, its set-up is not kept"
+    assert [arm.error for arm in selinux.arms] == ["snapshot ready: no space"] * 3, (
+        "no other arm starts from its set-up"
+    )
 
 
 # An arm that breaks
@@ -617,16 +666,18 @@ BROKEN_ARM: dict[str, tuple[str, Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("arm", [PERMISSIVE, ENFORCING])
-@pytest.mark.parametrize("case", list(BROKEN_ARM))
+@pytest.mark.parametrize(
+    ("case", "arm"),
+    [(case, arm) for case in BROKEN_ARM for arm in (PERMISSIVE, ENFORCING) if arm is ENFORCING or "audit" not in case],
+)
 def test_what_breaks_on_the_way_into_an_arm_is_that_arms_error_alone(bench_of: BenchOf, case: str, arm: Arm) -> None:
     pattern, answer, words = BROKEN_ARM[case]
-    clocks: list[str] = []  # the clock is the first thing to be set: in the set-up, in the first arm, in the second
+    clocks: list[str] = []  # the clock is the first thing to be set: in the set-up, in the enforcing arm, in the other
 
     def trouble(nginx: Nginx, line: str, detail: Any) -> Any:
         if line == "ask clock":
             clocks.append(line)
-        in_turn = len(clocks) == (2 if arm is PERMISSIVE else 3)
+        in_turn = len(clocks) == (2 if arm is ENFORCING else 3)
         return at(pattern, answer)(nginx, line, detail) if in_turn else None
 
     guests = Guests(trouble)
@@ -638,13 +689,12 @@ def test_what_breaks_on_the_way_into_an_arm_is_that_arms_error_alone(bench_of: B
     assert attempts(selinux.arm(arm)) == {}
     (healthy,) = {PERMISSIVE, ENFORCING} - {arm}
     assert whole(selinux, healthy)
-    assert len(guests.selinux) == 1
-    assert guests.selinux[0].turns.count(f"restore {SET_UP}") == 1
+    assert len(guests.selinux) == (2 if arm is ENFORCING else 1), "who cannot go on starts the service itself"
     assert bench.alive == 0
 
 
 def test_an_arm_that_cannot_be_restored_is_that_arms_error_alone(
-    bench_of: BenchOf, monkeypatch: pytest.MonkeyPatch
+    bench_of: BenchOf, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     restore = ScriptedMachine.restore
 
@@ -654,9 +704,9 @@ def test_an_arm_that_cannot_be_restored_is_that_arms_error_alone(
         restore(machine, name)
 
     monkeypatch.setattr(ScriptedMachine, "restore", broken)
-    selinux, _ = outcomes(bench_of(), [flagship()])
-    assert whole(selinux, PERMISSIVE)
-    assert error_of(selinux, ENFORCING) == "restore set-up: broken"
+    (found,) = run.run(bench_of().as_bench, run.cases([flagship()], lab, [APPARMOR], unconfined=True))
+    assert whole(found, Arm.APPARMOR_UNCONFINED)
+    assert error_of(found, Arm.APPARMOR_ENFORCE) == "restore set-up: broken"
 
 
 def test_the_seconds_of_an_arm_are_its_own(bench_of: BenchOf) -> None:
@@ -687,7 +737,7 @@ def test_a_channel_error_in_one_attempt_fails_that_attempt_only(bench_of: BenchO
     assert error_of(selinux, arm) == ""
     (healthy,) = {PERMISSIVE, ENFORCING} - {arm}
     assert whole(selinux, healthy)
-    assert len(guests.selinux) == 1
+    assert len(guests.selinux) == (1 if arm is ENFORCING else 2)
     assert selinux.verdict is Verdict.ERROR
     assert "the agent fell silent" in selinux.reason
     assert other.verdict is Verdict.CONTAINED
@@ -705,10 +755,11 @@ def test_a_restore_that_fails_fails_the_attempt_that_needs_it(
 
     monkeypatch.setattr(ScriptedMachine, "restore", broken)
     selinux, _ = outcomes(bench_of(), [flagship()])
-    for arm in (PERMISSIVE, ENFORCING):
+    for arm in (Arm.DAC, ENFORCING):
         found = attempts(selinux.arm(arm))
         assert found["read-shadow"].result is not Result.FAILED
         assert (found["front-page"].result, found["front-page"].reason) == (Result.FAILED, "restore ready: broken")
+    assert error_of(selinux, PERMISSIVE) == "restore ready: broken", "it was to go on from there"
 
 
 NONSENSE: list[Any] = [[], "nonsense", 0, {}, {"planted": True}, {"verdict": "CONTAINED"}, {"result": visited(403)}]
@@ -731,27 +782,27 @@ def test_an_attempt_that_is_answered_with_nonsense_is_no_block(bench_of: BenchOf
     "pattern", ["write /sys/fs/selinux/enforce", "systemctl start", "ask open_window", "ask attempt"]
 )
 def test_a_guest_that_dies_in_its_first_arm_is_replaced_for_the_other(bench_of: BenchOf, pattern: str) -> None:
-    guests = Guests(dies(pattern, PERMISSIVE), which=0)
+    guests = Guests(dies(pattern, ENFORCING), which=0)
     bench = bench_of(guests)
     selinux, other = outcomes(bench, [flagship()])
     assert (selinux.verdict, other.verdict) == (Verdict.ERROR, Verdict.CONTAINED)
-    broken = selinux.arm(PERMISSIVE)
+    broken = selinux.arm(ENFORCING)
     assert broken is not None
     assert broken.error == "QEMU ended" or [a.reason for a in broken.attempts] == ["QEMU ended"]
-    assert whole(selinux, ENFORCING)
+    assert whole(selinux, PERMISSIVE)
     first, second = guests.selinux
     assert "systemctl stop nginx.service" in first.channel.lines
     assert second.channel.lines[:3] == ["ask clock", "write /run/lsmlab-arm", "ask pids"], "it has a set-up of its own"
     assert second.turns == [f"snapshot {READY}", f"restore {READY}"], "one arm is left: its set-up is not kept"
-    assert second.channel.written["/run/lsmlab-arm"] == b"selinux-enforcing\n"
+    assert second.channel.written["/run/lsmlab-arm"] == b"selinux-permissive\n"
     assert bench.alive == 0
 
 
 def test_a_guest_that_dies_in_its_second_arm_is_not_replaced(bench_of: BenchOf) -> None:
-    guests = Guests(dies("ask attempt", ENFORCING))
+    guests = Guests(dies("ask attempt", PERMISSIVE))
     selinux, _ = outcomes(bench_of(guests), [flagship()])
-    assert whole(selinux, PERMISSIVE)
-    assert [a.reason for a in attempts(selinux.arm(ENFORCING)).values()] == ["QEMU ended"]
+    assert whole(selinux, ENFORCING)
+    assert [a.reason for a in attempts(selinux.arm(PERMISSIVE)).values()] == ["QEMU ended"]
     assert len(guests.selinux) == 1
 
 
@@ -769,9 +820,9 @@ def test_arms_for_which_no_guest_is_left_are_errors(bench_of: BenchOf, monkeypat
     monkeypatch.setattr(run, "GUESTS_A_BOOT", 1)
     guests = Guests(dies("ask open_window"))
     selinux, _ = outcomes(bench_of(guests), [flagship()])
-    assert error_of(selinux, PERMISSIVE) == "QEMU ended"
-    assert "died" in error_of(selinux, ENFORCING)
-    record = selinux.arm(ENFORCING)
+    assert error_of(selinux, ENFORCING) == "QEMU ended"
+    assert "died" in error_of(selinux, PERMISSIVE)
+    record = selinux.arm(PERMISSIVE)
     assert record is not None
     assert "security=selinux" in record.command_line
     assert len(guests.selinux) == 1
@@ -796,7 +847,7 @@ def test_a_replacement_that_does_not_come_up_is_the_error_of_the_arms_that_are_l
         return guests(kernel, task)
 
     selinux, _ = outcomes(bench_of(make), [flagship()])
-    found = [error_of(selinux, arm) for arm in (PERMISSIVE, ENFORCING)]
+    found = [error_of(selinux, arm) for arm in (ENFORCING, PERMISSIVE)]
     assert found == ["QEMU ended", "the second did not come up"]
 
 
@@ -812,7 +863,7 @@ def test_a_guest_that_dies_after_its_last_attempt_is_replaced(bench_of: BenchOf)
         if arguments["request"]["path"] == "/":
             nginx.machine.running = False
 
-    guests = Guests(at("ask attempt", die_late, PERMISSIVE), which=0)
+    guests = Guests(at("ask attempt", die_late, ENFORCING), which=0)
     selinux, _ = outcomes(bench_of(guests), [flagship()])
     assert selinux.verdict is Verdict.CONTAINED, selinux.reason
     assert len(guests.selinux) == 2
@@ -872,11 +923,12 @@ def test_a_service_that_is_denied_its_start(bench_of: BenchOf) -> None:
 def test_the_window_of_a_start_begins_before_it(bench_of: BenchOf) -> None:
     guests = Guests(at("systemctl start", said(code=1)))
     outcomes(bench_of(guests), [flagship()])
-    (machine,) = guests.selinux
-    lines = machine.channel.lines
-    assert lines.index("ask audit_state") < lines.index("ask close_window") < lines.index("ask open_window")
-    asked = machine.channel.asked_for("close_window")
-    assert [(a["unit"], a["offset"]) for a in asked] == [("nginx.service", audit_state()["size"])] * 2
+    assert len(guests.selinux) == 2, "a service that did not start is no start for another arm"
+    for machine in guests.selinux:
+        lines = machine.channel.lines
+        assert lines.index("ask audit_state") < lines.index("ask close_window") < lines.index("ask open_window")
+        (asked,) = machine.channel.asked_for("close_window")
+        assert (asked["unit"], asked["offset"]) == ("nginx.service", audit_state()["size"])
 
 
 def test_why_a_service_does_not_start_has_to_be_known(bench_of: BenchOf) -> None:
@@ -905,7 +957,7 @@ def test_a_service_that_the_set_up_stopped_stays_stopped(bench_of: BenchOf) -> N
         record = selinux.arm(arm)
         assert record is not None
         assert not record.service_active
-    (lines,) = guests.lines()
+    (lines,) = guests.lines()  # there are steps behind the start: so each arm has one
     assert lines.count("systemctl stop nginx.service") == 1
     assert not [line for line in lines if line.startswith(("systemctl start", "usermod"))]
 
@@ -920,7 +972,7 @@ def test_a_service_that_did_not_run_is_started(bench_of: BenchOf) -> None:
     assert selinux.verdict is Verdict.CONTAINED, selinux.reason
     (lines,) = guests.lines()
     assert "systemctl stop nginx.service" not in lines
-    assert lines.count("systemctl start nginx.service") == 2
+    assert lines.count("systemctl start nginx.service") == 1
 
 
 def test_steps_after_the_start_are_done_in_each_arm(bench_of: BenchOf) -> None:

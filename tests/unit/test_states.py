@@ -128,7 +128,7 @@ def test_a_state_is_booted_once_and_says_what_it_fits(
     manifest = cache.read_manifest(first.folder)
     assert manifest is not None
     wanted = {
-        "lab": "debian-13", "kernel": "none", "command_line": states.command_line(lab, image, NONE),
+        "lab": "debian-13", "kernel": "none", "command_line": states.command_line(lab, image, NONE, "tcg"),
         "image": image.digest, "image_folder": image.folder.name,
         "qemu": hardware(lab).qemu_version, "accelerator": "tcg",
         "memory_mib": lab.memory_mib, "format": states.FORMAT,

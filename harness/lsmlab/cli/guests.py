@@ -119,5 +119,7 @@ def rewind_command(
     with progress_shown(quiet) as progress, open_bench(machine, progress, accelerator=accelerator_of(accel)) as bench:
         if found.digest() != kept.scenario_digest:
             progress.note(f"The scenario {found.id} has changed since outcome {number}: this is how it is now.")
-        result = shell.open_before_attempt(bench, found, where, spec, command or ())
+        record = kept.arm(where)
+        started_in = record.started_in if record is not None else None
+        result = shell.open_before_attempt(bench, found, where, spec, command or (), started_in=started_in)
     _pass_on(result)

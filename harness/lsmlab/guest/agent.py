@@ -5,7 +5,7 @@ done in here: canary, request, sentinel, log, facts, one question and one answer
 library (3.9 or later), knows nothing of scenarios or verdicts, and never judges.
 
 Protocol: JSON lines over one byte stream. A question is `{"id": ..., "do": OPERATION, ...}`, its answer
-`{"id": ..., "answer": ...}` or `{"id": ..., "error": TEXT}`. Each question has a thread of its own. Bytes are base64.
+`{"id": ..., "answer": ...}` or `{"id": ..., "error": TEXT}`. No question waits for another one. Bytes are base64.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import http.client
 import json
 import os
 import pwd
+import queue
 import select
 import shutil
 import signal
@@ -42,6 +43,8 @@ VEHICLE = "/usr/lib/lsmlab/vehicle"
 """Where the program of a command run as a service is copied to; an audit rule of the image watches it."""
 MOST_OUTPUT = 16 << 20
 """Bytes of output, and of errors, that are carried; who writes more is killed."""
+IDLE_THREADS = 2
+"""How many threads wait for questions to come."""
 REST_SECONDS = 0.03
 """A service is at rest when its processes sleep and have used no processor time for so long."""
 
@@ -188,7 +191,7 @@ def read_log(offset: int, word: str, seconds: float, most: int) -> tuple[bytes, 
         with open(LOG, "rb", buffering=0) as log:
             log.seek(offset)
             while len(found) < most:
-                chunk = log.read(min(1 << 20, most - len(found)))
+                chunk = log.read(min(1 << 16, most - len(found)))
                 if chunk:
                     start = max(0, len(found) - len(wanted))
                     found += chunk
@@ -861,7 +864,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 def _lines(descriptor: int) -> Iterator[bytearray]:
     kept = bytearray()
     while True:
-        chunk = os.read(descriptor, 1 << 20)
+        chunk = os.read(descriptor, 1 << 16)
         kept += chunk
         if b"\n" in chunk:
             *lines, kept = kept.split(b"\n")
@@ -888,25 +891,63 @@ def _reply(question: dict[str, Any]) -> bytes:
     return json.dumps({"id": number, "error": words}).encode()
 
 
+class _Answering:
+    """Answers questions on a descriptor, side by side. A thread that has answered waits for another question: to start
+    one makes the kernel record a fork, and auditd write it, and after a restore all that is translated anew."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._writing = threading.Lock()
+        self._questions: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._idle = 0
+        self._most_idle = IDLE_THREADS
+        self._counting = threading.Lock()
+
+    def answer(self, question: dict[str, Any]) -> None:
+        """Have a thread answer."""
+        with self._counting:
+            waits = self._idle > 0
+            self._idle -= waits
+        if not waits:
+            try:
+                threading.Thread(target=self._work, daemon=True).start()
+            except RuntimeError:  # the machine has no thread left
+                self._write(_reply(question))
+                return
+        self._questions.put(question)
+
+    def end(self) -> None:
+        """Let the threads that wait end."""
+        with self._counting:
+            self._most_idle = 0
+            for _ in range(self._idle):
+                self._questions.put(None)
+
+    def _work(self) -> None:
+        stays = True
+        while stays and (question := self._questions.get()) is not None:
+            reply = _reply(question)
+            with self._counting:  # before it is written: the next question may come at once
+                stays = self._idle < self._most_idle
+                self._idle += stays
+            self._write(reply)
+
+    def _write(self, reply: bytes) -> None:
+        # A newline first: what a restored snapshot cut short ends there
+        left = memoryview(b"\n" + reply + b"\n")
+        with self._writing, contextlib.suppress(OSError):  # nobody is there to be told
+            while left:
+                left = left[os.write(self._target, left) :]
+
+
 def serve(source: int, target: int) -> None:
     """Answer questions from one descriptor on another until the first ends, which a port never does."""
-    writing = threading.Lock()
-
-    def answer(question: dict[str, Any]) -> None:
-        # A newline first: what a restored snapshot cut short ends there
-        left = memoryview(b"\n" + _reply(question) + b"\n")
-        with writing:
-            while left:
-                left = left[os.write(target, left) :]
-
+    answering = _Answering(target)
     for line in _lines(source):
         try:
             question = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if not isinstance(question, dict):
-            continue
-        try:
-            threading.Thread(target=answer, args=(question,), daemon=True).start()
-        except RuntimeError:  # the machine has no thread left
-            answer(question)
+        if isinstance(question, dict):
+            answering.answer(question)
+    answering.end()

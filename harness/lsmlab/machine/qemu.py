@@ -44,6 +44,9 @@ SSH_RETRY_SECONDS = 0.5
 """Between two tries to log in to a guest that is not up yet: each has waited for an answer already."""
 SSH_AGAIN_SECONDS = 60.0
 """How long a login may take in a guest that was let in before."""
+OVERLAY = "cluster_size=1M,extended_l2=on"
+"""Snapshots are written to the overlay: in large clusters, which take a fifth less time; a guest's own small writes
+still take 32 KiB each, as they are the clusters' parts."""
 CONSOLE_BYTES = 1 << 16
 """The console's ring buffer lies in QEMU: a guest that floods it costs nothing. A power of two."""
 
@@ -105,10 +108,8 @@ class QemuMachine:
         overlay = keep_overlay or scratch / f"{name}-{secrets.token_hex(4)}.qcow2"
         # Relative where it is kept: the cache may then be moved as a whole
         backing = os.path.relpath(disk, overlay.parent) if keep_overlay else str(disk)
-        host.run(
-            [host.need("qemu-img"), "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", backing, str(overlay)],
-            what="making the guest's disk",
-        )
+        create = [host.need("qemu-img"), "create", "-q", "-f", "qcow2", "-o", OVERLAY, "-F", "qcow2", "-b", backing]
+        host.run([*create, str(overlay)], what="making the guest's disk")
         machine = None
         try:
             what = (name, hardware, [overlay, disk, *([below] if below else [])], boot, incoming)

@@ -10,12 +10,13 @@ import contextlib
 import datetime
 import json
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lsmlab import cache, paths
+from lsmlab import cache, facts, paths
 from lsmlab.channel.agent import agent_digest
 from lsmlab.channel.base import Channel
 from lsmlab.container import install
@@ -28,13 +29,19 @@ from lsmlab.machine.qemu import QemuMachine
 from lsmlab.progress import Progress
 from lsmlab.terms import Framework, Kernel
 
-FORMAT = "3"
+FORMAT = "4"
 FILES = ("ram", "disk.qcow2")
 COMMON_ARGUMENTS = "console=ttyS0 quiet audit=1 audit_backlog_limit=16384 panic=0 systemd.show_status=error"
 """panic=0: a guest that panics stands still, so that its console can be read."""
+CLOCK_ARGUMENTS = {"tcg": "tsc=unstable clocksource=hpet ", "kvm": ""}
+"""The clock that a guest goes by. Emulated, the TSC is not set back by a restore: time would jump ahead by all that
+passed since the snapshot, every timer would end at once, and the kernel would complain. The HPET is set back."""
 BOOT_SECONDS = {"tcg": 300.0, "kvm": 60.0}
 RULE_KEYS = ("lsmlab-subject", "lsmlab-denied", "lsmlab-fork")
 """Of the audit rules that evidence rests on."""
+UDEV = "systemd-udevd.service"
+UDEV_SECONDS = 30
+"""How long udev's workers are waited for. Nothing depends on them but how long the set-ups after a restore take."""
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -61,16 +68,17 @@ class SavedState:
         )
 
 
-def command_line(lab: Lab, image: Image, kernel: Kernel) -> str:
+def command_line(lab: Lab, image: Image, kernel: Kernel, accelerator: str) -> str:
     """The kernel's command line for one boot of `lab`."""
-    return f"{image.root_arguments} {COMMON_ARGUMENTS} {lab.kernel_arguments[kernel]}"
+    return f"{image.root_arguments} {COMMON_ARGUMENTS} {CLOCK_ARGUMENTS[accelerator]}{lab.kernel_arguments[kernel]}"
 
 
 def fits(lab: Lab, image: Image, kernel: Kernel, hardware: Hardware) -> dict[str, Any]:
     """All that a saved state fits, as its manifest says it."""
     about: dict[str, Any] = {
         "format": FORMAT, "agent": agent_digest(), "lab": lab.id, "kernel": kernel.value,
-        "command_line": command_line(lab, image, kernel), "image": image.digest, "image_folder": image.folder.name,
+        "command_line": command_line(lab, image, kernel, hardware.accelerator),
+        "image": image.digest, "image_folder": image.folder.name,
         "qemu": hardware.qemu_version, "accelerator": hardware.accelerator, "cpu": CPU[hardware.accelerator],
         "memory_mib": hardware.memory_mib,
     }  # fmt: skip
@@ -134,7 +142,7 @@ def ensure(
             _say_what_is_stale(fits(lab, image, kernel, hardware), progress)
             folder = key.with_name(key.name + secrets.token_hex(3))
             held.enter_context(cache.use(folder))  # before it is there: nobody removes it in between
-            state = SavedState(folder, image, hardware, command_line(lab, image, kernel))
+            state = SavedState(folder, image, hardware, command_line(lab, image, kernel, hardware.accelerator))
             _boot(lab, image, kernel, state, progress, task)
         uses.enter_context(held.pop_all())
     return state
@@ -151,7 +159,7 @@ def _saved(
             wrong = damage(folder, about, full=True)
             if not wrong:
                 uses.enter_context(held.pop_all())
-                return SavedState(folder, image, hardware, command_line(lab, image, kernel))
+                return SavedState(folder, image, hardware, command_line(lab, image, kernel, hardware.accelerator))
         progress.note(f"The saved state of {lab.id} ({kernel}) is damaged ({wrong}): booting it anew.")
         discard(folder, progress)
     return None
@@ -236,4 +244,13 @@ def settle(channel: Channel, kernel: Kernel) -> None:
             f"the guest's kernel has not all audit rules of ours: none has the key {lacking[0]}",
             hint="Its evidence would have gaps. See /etc/audit/rules.d there, and what loads it.",
         )
+    _let_workers_end(channel)
     channel.run(["sync"]).check()
+
+
+def _let_workers_end(channel: Channel) -> None:
+    """Wait until udev's workers have ended, some seconds after its last event: saved with the guest, they would end in
+    each run anew, ten processes in the middle of its set-up."""
+    deadline = time.monotonic() + UDEV_SECONDS
+    while len(facts.pids(channel.ask("pids", unit=UDEV), UDEV)) > 1 and time.monotonic() < deadline:
+        time.sleep(0.5)

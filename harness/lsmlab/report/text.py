@@ -370,7 +370,10 @@ def _arm_detail(arm: ArmRecord) -> Iterator[RenderableType]:
         ("kernel", arm.command_line),
         ("LSMs", ", ".join(arm.lsm)),
         ("took", duration(arm.seconds)),
-        ("service", "" if arm.service_active else "did not start"),
+        (
+            "service",
+            f"started in {arm.started_in}" if arm.started_in else "" if arm.service_active else "did not start",
+        ),
         ("denied", _records(arm.setup_denials)),
         ("error", Text(clean(arm.error), style=ODD)),
     )
