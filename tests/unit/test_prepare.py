@@ -354,6 +354,29 @@ def test_a_guest_is_brought_into_an_arm() -> None:
     ]  # fmt: skip
 
 
+def test_a_guest_is_switched_with_the_service_running() -> None:
+    channel = bringing()
+    prepare.switch(channel, PERMISSIVE, PLAN)
+    assert channel.lines == [
+        "ask clock", "write /run/lsmlab-arm", "write /sys/fs/selinux/enforce", "ask mode",
+        "write /sys/fs/selinux/commit_pending_bools",
+    ]  # fmt: skip
+    assert channel.written["/sys/fs/selinux/enforce"] == b"0"
+
+
+def test_a_guest_is_brought_into_an_arm_from_the_one_that_the_service_is_started_in() -> None:
+    modes = iter([in_mode(ENFORCING), in_mode(PERMISSIVE)])
+    channel = bringing(mode=lambda: next(modes))
+    found = prepare.bring_into(channel, PERMISSIVE, PLAN, IMAGE, started_in=ENFORCING)
+    assert found.service_active
+    lines = channel.lines
+    assert lines.count("systemctl start nginx.service") == lines.count("touch late") == 1
+    mode = [n for n, line in enumerate(lines) if line == "write /sys/fs/selinux/enforce"]
+    assert len(mode) == 2
+    assert mode[0] < lines.index("systemctl start nginx.service") < lines.index("touch late") < mode[1]
+    assert channel.written["/run/lsmlab-arm"] == b"selinux-permissive\n"
+
+
 @pytest.mark.parametrize(
     ("before", "after", "start", "stopped"),
     [([1], [1], True, True), ([1], [], False, False), ([], [], True, False), ([], [1], True, True)],

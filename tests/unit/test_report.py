@@ -202,6 +202,12 @@ def test_overblocked_work_and_a_service_that_is_down() -> None:
     assert below.startswith("    type=AVC ")
 
 
+def test_where_the_service_was_started_is_told_in_detail() -> None:
+    switched = with_arm(sample(), Arm.SELINUX_PERMISSIVE, started_in=ENFORCING)
+    assert "service started in selinux-enforcing" in words(render(text.outcome_detail(switched)))
+    assert "started in" not in words(render(text.outcome_detail(sample())))
+
+
 def test_a_block_without_its_denial_names_the_nearest() -> None:
     attribution = Attribution(denial=None, misses=(f"another process (pid 1): {COMPLAINT}",))
     outcome = judged(with_attempt(sample(), ENFORCING, "read-shadow", attribution=attribution))

@@ -475,3 +475,28 @@ def test_an_interrupted_run_does_not_wait_for_another(
         assert not waiter.is_alive()
     assert [error.message for error in errors] == ["no guest is started: the run was interrupted"]
     assert guests.boots == []
+
+
+# The boot
+
+
+def test_a_boot_has_settled_when_udevs_workers_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    channel = MagicMock()
+    channel.ask.side_effect = [[9, 10, 11], [9, 10], [9], [9, 12]]
+    states._let_workers_end(channel)
+    assert channel.ask.call_count == 3
+    channel.ask.assert_called_with("pids", unit="systemd-udevd.service")
+
+
+def test_a_boot_whose_workers_stay_is_saved_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "UDEV_SECONDS", 0.01)
+    channel = MagicMock()
+    channel.ask.return_value = [9, 10]
+    states._let_workers_end(channel)
+    assert channel.ask.call_count >= 1
+
+
+def test_an_emulated_guest_goes_by_a_clock_that_a_restore_sets_back(lab: Lab, image: Image) -> None:
+    lines = {name: states.command_line(lab, image, NONE, name) for name in ("tcg", "kvm")}
+    assert lines["tcg"].replace("tsc=unstable clocksource=hpet ", "") == lines["kvm"] != lines["tcg"]
