@@ -1028,22 +1028,122 @@ def test_the_state_is_asked_anew_once_the_main_process_is_gone(cgroups: Path, mo
     assert asked == ["web.service"] * 3
 
 
-def test_what_systemd_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "systemctl"
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+NGINX = {"ActiveState": "active", "SubState": "running", "Result": "success", "MainPID": 481}
 
-    def systemctl(body: str) -> None:
-        program.write_text(f"#!/bin/sh\n{body}\n")
-        program.chmod(0o755)
 
-    systemctl(r'printf "Result=success\nMainPID=481\nActiveState=active\nSubState=running\n"')
-    assert agent.service("x") == {"active": "active", "sub": "running", "result": "success", "main_pid": 481}
-    systemctl('echo "Failed to connect to bus" >&2; exit 1')
-    with pytest.raises(agent.Refused, match="systemctl show x: Failed to connect to bus"):
-        agent.service("x")
-    systemctl("echo ActiveState=active")
-    with pytest.raises(KeyError):
-        agent.service("x")
+def reply(number: int, value: str | int, *, fault: str = "", kind: int = 2, order: bytes = b"l") -> bytes:
+    """An answer of systemd's, as it was seen on its socket: a sender is named, and the reply's number comes first."""
+    if isinstance(value, int):
+        body = b"\x01u\x00\x00" + struct.pack("<I", value)
+    else:
+        text = struct.pack("<I", len(value)) + value.encode() + b"\0"
+        body = text if fault else b"\x01s\x00\x00" + text
+    head = b"\x05\x01u\x00" + struct.pack("<I", number)
+    if fault:
+        head += b"\x04\x01s\x00" + struct.pack("<I", len(fault)) + fault.encode() + b"\0"
+        head += b"\0" * (-len(head) % 8)
+    head += b"\x08\x01g\x00" + (b"\x01s\x00" if fault else b"\x01v\x00")
+    start = struct.pack("<cBBBIII", order, 3 if fault else kind, 1, 1, len(body), number + 100, len(head))
+    return start + head + b"\0" * (-len(head) % 8) + body
+
+
+class Systemd:
+    """What listens at systemd's own socket: says who may talk, then one answer for each question."""
+
+    def __init__(self, place: Path) -> None:
+        self.asked: list[bytes] = []
+        self.greeting = b"OK 0123456789abcdef0123456789abcdef\r\n"
+        self.answer: Callable[[int, bytes], bytes] = self.of_nginx
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.bind(str(place))
+        self._server.listen()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    @staticmethod
+    def of_nginx(number: int, question: bytes) -> bytes:
+        (name,) = (name for name in NGINX if name.encode() + b"\0" in question)
+        return reply(number, NGINX[name])  # type: ignore[arg-type]
+
+    def _serve(self) -> None:
+        while True:
+            link = self._server.accept()[0]
+            with link, link.makefile("rb") as stream:
+                self.asked.append(stream.readline() + stream.readline())
+                link.sendall(self.greeting)
+                while len(start := stream.read(16)) == 16:
+                    size, number, length = struct.unpack("<4xIII", start)
+                    question = stream.read(length + -length % 8 + size)
+                    self.asked.append(question)
+                    with contextlib.suppress(OSError):
+                        link.sendall(self.answer(number, question))
+
+
+@pytest.fixture
+def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Systemd:
+    monkeypatch.setattr(agent, "SYSTEMD", str(tmp_path / "private"))
+    monkeypatch.setattr(agent, "SYSTEMD_SECONDS", 5)
+    return Systemd(tmp_path / "private")
+
+
+def test_what_systemd_says(systemd: Systemd) -> None:
+    assert agent.service("nginx@1.service") == {
+        "active": "active", "sub": "running", "result": "success", "main_pid": 481,
+    }  # fmt: skip
+    greeting, *questions = systemd.asked
+    assert greeting == b"\0AUTH EXTERNAL " + str(os.geteuid()).encode().hex().encode() + b"\r\nBEGIN\r\n"
+    assert len(questions) == 4
+    for question in questions:
+        assert b"/org/freedesktop/systemd1/unit/nginx_401_2eservice\0" in question
+        assert b"org.freedesktop.DBus.Properties\0" in question
+
+
+def test_a_group_of_units_has_no_main_process(systemd: Systemd) -> None:
+    assert agent.service("9.slice") == {"active": "active", "sub": "running", "result": "success", "main_pid": 0}
+    assert len(systemd.asked) == 3
+    assert b"/unit/_39_2eslice\0" in systemd.asked[1]
+
+
+def test_what_systemd_tells_besides_is_let_alone(systemd: Systemd) -> None:
+    """Signals come to whoever listens at its socket."""
+    systemd.answer = lambda number, question: (
+        reply(0, "/org/freedesktop/systemd1/job/7", kind=4) + systemd.of_nginx(number, question)
+    )
+    assert agent.service("nginx.service")["main_pid"] == 481
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (reply(1, "Access denied", fault="org.freedesktop.DBus.Error.AccessDenied"), "AccessDenied: Access denied"),
+        (reply(1, "x", order=b"B"), "expected a message of D-Bus"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "expected a message of D-Bus"),
+        (reply(1, "active").replace(b"\x01s\x00\x00", b"\x01x\x00\x00"), "nonsense: a value of type 'x'"),
+        (reply(1, "active").replace(b"active", b"\xff\xfe\xfd\xfc\xfb\xfa"), "nonsense: "),
+        (reply(1, "active").replace(b"\x06\x00\x00\x00active", b"\xff\xff\x00\x00active"), "nonsense: "),
+        (reply(1, "active")[:30], "does not answer within"),
+        (b"", "does not answer within"),
+    ],
+    ids=str,
+)
+def test_an_answer_of_systemds_that_is_none(
+    systemd: Systemd, monkeypatch: pytest.MonkeyPatch, answer: bytes, words: str
+) -> None:
+    monkeypatch.setattr(agent, "SYSTEMD_SECONDS", 0.5)
+    systemd.answer = lambda number, _: answer if number == 1 else b""
+    with pytest.raises(agent.Refused, match=words):
+        agent.service("nginx.service")
+
+
+def test_who_may_not_talk_to_systemd_is_told(systemd: Systemd) -> None:
+    systemd.greeting = b"REJECTED EXTERNAL\r\n"
+    with pytest.raises(agent.Refused, match="does not talk to the agent: b'REJECTED"):
+        agent.service("nginx.service")
+
+
+def test_without_systemd_nothing_is_known_of_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "SYSTEMD", str(tmp_path / "none"))
+    with pytest.raises(agent.Refused, match="none: No such file or directory"):
+        agent.service("nginx.service")
 
 
 def of(monkeypatch: pytest.MonkeyPatch, *pids: int) -> None:

@@ -39,6 +39,8 @@ PROFILES = "/sys/kernel/security/apparmor/profiles"
 APPARMOR_MODE = "/sys/module/apparmor/parameters/mode"
 LSM = "/sys/kernel/security/lsm"
 ENFORCE = "/sys/fs/selinux/enforce"
+SYSTEMD = "/run/systemd/private"
+SYSTEMD_SECONDS = 60
 VEHICLE = "/usr/lib/lsmlab/vehicle"
 """Where the program of a command run as a service is copied to; an audit rule of the image watches it."""
 MOST_OUTPUT = 16 << 20
@@ -232,21 +234,113 @@ def pids(unit: str) -> list[int]:
     return found
 
 
+def _packed(text: str, kind: str) -> bytes:
+    """A text as D-Bus carries it: `s` and `o` with a length of four bytes, `g` with one of one byte."""
+    raw = text.encode()
+    return struct.pack("<B" if kind == "g" else "<I", len(raw)) + raw + b"\0"
+
+
+def _question(number: int, path: str, interface: str, name: str) -> bytes:
+    """A call of org.freedesktop.DBus.Properties.Get, as message `number`."""
+    head = b""
+    for code, kind, text in (
+        (1, "o", path), (2, "s", "org.freedesktop.DBus.Properties"), (3, "s", "Get"), (8, "g", "ss"),
+    ):  # fmt: skip
+        head += bytes(-len(head) % 8) + bytes((code, 1, ord(kind), 0)) + _packed(text, kind)
+    body = _packed(interface, "s")
+    body += bytes(-len(body) % 4) + _packed(name, "s")
+    start = struct.pack("<cBBBIII", b"l", 1, 0, 1, len(body), number, len(head))
+    return start + head + bytes(-len(head) % 8) + body
+
+
+def _value(data: bytes, at: int, kind: str) -> tuple[Any, int]:
+    """The value of type `kind` at byte `at`, aligned, and its end. Raises ValueError, IndexError, struct.error."""
+    if kind == "y":
+        return data[at], at + 1
+    if kind == "g":
+        end = at + 1 + data[at]
+        return data[at + 1 : end].decode(), end + 1
+    if kind == "v":
+        inner, at = _value(data, at, "g")
+        return _value(data, at, inner)
+    at += -at % 4
+    number = struct.unpack_from("<I", data, at)[0]
+    if kind == "u":
+        return number, at + 4
+    end = at + 4 + number
+    if kind not in {"s", "o"} or data[end]:
+        raise ValueError(f"a value of type {kind!r}")
+    return data[at + 4 : end].decode(), end + 1
+
+
+def _message(stream: Any) -> tuple[int, dict[int, Any], bytes]:
+    """The next message of D-Bus in a stream: its type, its header's fields, its body."""
+
+    def exactly(size: int) -> bytes:
+        data: bytes = stream.read(size)
+        if len(data) < size:
+            raise Refused("systemd ends the conversation")
+        return data
+
+    start = exactly(16)
+    order, kind, _, _, size, _, length = struct.unpack("<cBBBIII", start)
+    if order != b"l" or max(size, length) > MOST_OUTPUT:
+        raise Refused(f"systemd answers {start!r}; expected a message of D-Bus")
+    data = start + exactly(length + -length % 8)
+    fields, at = {}, 16
+    while at < 16 + length:
+        code, at = _value(data, at + -at % 8, "y")
+        fields[code], at = _value(data, at, "v")
+    return kind, fields, exactly(size)
+
+
+def _properties(unit: str, wanted: list[tuple[str, str]]) -> list[Any]:
+    """What systemd says of a unit: the properties `wanted`, of which each is an interface and a name.
+
+    Over its own socket, as `systemctl` asks: to start that takes longer than all else that is done around an attempt.
+    The protocol: https://dbus.freedesktop.org/doc/dbus-specification.html
+    """
+    name = "".join(c if c.isascii() and c.isalnum() and (n or c.isalpha()) else f"_{ord(c):02x}"
+                   for n, c in enumerate(unit))  # fmt: skip
+    found: dict[int, Any] = {}
+    with _Deadline(socket.AF_UNIX, socket.SOCK_STREAM) as link, link.makefile("rb") as stream:
+        link.moment = time.monotonic() + SYSTEMD_SECONDS
+        try:
+            link.settimeout(SYSTEMD_SECONDS)
+            link.connect(SYSTEMD)
+            asked = b"".join(
+                _question(
+                    number, f"/org/freedesktop/systemd1/unit/{name}", f"org.freedesktop.systemd1.{interface}", one
+                )
+                for number, (interface, one) in enumerate(wanted, 1)
+            )
+            link.sendall(b"\0AUTH EXTERNAL " + str(os.geteuid()).encode().hex().encode() + b"\r\nBEGIN\r\n" + asked)
+            said = stream.readline(1 << 10)
+            if not said.startswith(b"OK "):
+                raise Refused(f"systemd does not talk to the agent: {said!r}")
+            while len(found) < len(wanted):
+                kind, fields, body = _message(stream)
+                number = fields.get(5)
+                if kind == 3:
+                    raise Refused(f"systemd, of {unit}: {fields.get(4)}: {_value(body, 0, 's')[0] if body else ''}")
+                if kind == 2 and number in range(1, len(wanted) + 1):
+                    found[number] = _value(body, 0, "v")[0]
+        except (TimeoutError, socket.timeout):  # noqa: UP041 - not the same before Python 3.10
+            raise Refused(f"systemd does not answer within {SYSTEMD_SECONDS} s") from None
+        except (ValueError, IndexError, struct.error) as error:
+            raise Refused(f"systemd answers nonsense: {error}") from None
+        except OSError as error:
+            raise Refused(f"{SYSTEMD}: {error.strerror or error}") from None
+    return [found[number] for number in range(1, len(wanted) + 1)]
+
+
 def service(unit: str) -> dict[str, Any]:
     """What systemd says of a unit."""
-    asked = ["systemctl", "show", "--property=ActiveState,SubState,MainPID,Result", unit]
-    done = subprocess.run(asked, capture_output=True, stdin=subprocess.DEVNULL, timeout=60, check=False)
-    said = dict(line.partition("=")[::2] for line in done.stdout.decode("utf-8", "replace").split("\n") if line)
-    if unit.endswith(".slice"):  # a group of units, which has neither
-        said = {"Result": "success", "MainPID": "0", **said}
-    if "ActiveState" not in said:
-        raise Refused(f"systemctl show {unit}: {done.stderr.decode('utf-8', 'replace').strip()}")
-    return {
-        "active": said["ActiveState"],
-        "sub": said["SubState"],
-        "result": said["Result"],
-        "main_pid": int(said["MainPID"]),
-    }
+    active, sub = [("Unit", "ActiveState"), ("Unit", "SubState")]
+    if not unit.endswith(".service"):  # a group of units, which has neither
+        return {**dict(zip(("active", "sub"), _properties(unit, [active, sub]))), "result": "success", "main_pid": 0}
+    found = _properties(unit, [active, sub, ("Service", "Result"), ("Service", "MainPID")])
+    return dict(zip(("active", "sub", "result", "main_pid"), found))
 
 
 def _label_of(process: str) -> str:
