@@ -30,6 +30,7 @@ import testinfra
 from lsmlab import attempt, discovery, host, paths, prepare, run
 from lsmlab.bench import Bench, open_bench
 from lsmlab.lab import Lab
+from lsmlab.machine import states
 from lsmlab.machine.hardware import Boot
 from lsmlab.machine.qemu import QEMU, QemuMachine
 from lsmlab.progress import Silent
@@ -229,7 +230,7 @@ class FreshGuest:
                 "-netdev", f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{self._port}-:22",
                 "-device", "virtio-net-pci,netdev=net,romfile=",
                 "-kernel", str(bench.image.kernel), "-initrd", str(bench.image.initrd),
-                "-append", bench.command_line(kernel),
+                "-append", bench.command_line(kernel).replace(states.CLOCK_ARGUMENTS[bench.acceleration.name], ""),
             ]),
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip

@@ -27,12 +27,14 @@ class AttemptRecord(JudgedAttempt):
 
 
 class ArmRecord(JudgedArm):
-    """One arm. `seconds` is wall time; the first arm of a kernel has the guest's start and the set-up in its own."""
+    """One arm. `seconds` is wall time; the first arm in a guest has the guest's start and the set-up in its own."""
 
     lsm: tuple[str, ...] = ()
     command_line: str = ""
     started_in: Arm | None = None
     """The arm that the service was started in, where it was another one: only the mode was switched since."""
+    switched: tuple[AttemptRecord, ...] = ()
+    """Attempts with the processes of the enforcing arm, not all allowed: so the arm started the service itself."""
     images: tuple[ImageRecord, ...] = ()
     """What its containers were made of, where that is not BusyBox alone."""
     seconds: float = 0.0

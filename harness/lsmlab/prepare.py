@@ -211,11 +211,14 @@ def bring_into(
     *,
     started_in: Arm | None = None,
 ) -> Prepared:
-    """Prepare the guest behind `channel` for `arm`; `started_in`: the arm that the service is started in, where it is
-    another one. Raises as `set_up`."""
+    """Prepare the guest behind `channel` for `arm`. Raises as `set_up`.
+
+    `started_in`: the arm that the service is started in, and comes to rest in, where it is another one.
+    """
     first = started_in or arm
     prepared = enter(channel, first, plan, start=set_up(channel, first, plan, image, tell))
     if first is not arm:
+        attempt.open_window(channel, plan.unit, plan.object_path)
         switch(channel, arm, plan)
     return prepared
 

@@ -20,7 +20,7 @@ from lsmlab.scenario import Attempt, Scenario
 from lsmlab.terms import CONTROL, Arm, Control, Framework, Kernel, Result, arms_of
 
 SET_UP, READY = "set-up", "ready"
-"""The snapshots: what the arms of a kernel start from, and what the attempts of an arm start from."""
+"""The snapshots: what arms start from that each start the service, and what the attempts of an arm start from."""
 GUESTS_A_BOOT = 2
 """A guest that dies is replaced once."""
 
@@ -113,8 +113,7 @@ def _boots(wanted: Sequence[Case]) -> dict[tuple[str, Kernel], tuple[Arm, ...]]:
     found: dict[tuple[str, Kernel], list[Arm]] = {}
     for name in dict.fromkeys(c.scenario.id for c in wanted):
         arms = dict.fromkeys(arm for c in wanted if c.scenario.id == name for arm in c.arms)
-        # The control has one arm only: the shortest last. A logging arm goes on from the enforcing one
-        for arm in sorted(arms, key=lambda arm: (arm is CONTROL, arm.logging)):
+        for arm in sorted(arms, key=lambda arm: arm is CONTROL):  # the control has one arm only: the shortest last
             found.setdefault((name, arm.kernel), []).append(arm)
     return {key: tuple(arms) for key, arms in found.items()}
 
@@ -123,16 +122,34 @@ def run_boot(bench: Workbench, scenario: Scenario, arms: Sequence[Arm]) -> dict[
     """All attempts of `scenario` in the arms of one kernel, each from its arm's snapshot. What breaks is recorded.
 
     The set-up is done once, in one guest. Where the guest dies, that arm is an error, and one other guest is started
-    for those that are left: also for a logging arm that cannot go on from the enforcing one.
+    for those that are left: also for a logging arm that cannot go on from the enforcing one, or lacks something then.
     """
     records: dict[Arm, ArmRecord] = {}
+    switched: dict[Arm, tuple[AttemptRecord, ...]] = {}
     for _ in range(GUESTS_A_BOOT):
-        left = [arm for arm in arms if arm not in records]
-        if left:
-            records |= _run_boot(bench, scenario, left)
+        left = sorted((arm for arm in arms if arm not in records), key=lambda arm: arm.logging)
+        for arm, record in (_run_boot(bench, scenario, left) if left else {}).items():
+            if _needs_its_own_start(record):
+                switched[arm] = record.attempts
+            else:
+                records[arm] = record.model_copy(update={"switched": switched.get(arm, ())})
     for arm in arms:
         records.setdefault(arm, _broken(bench, arm, "the guest that was to run it died, twice"))
     return records
+
+
+def _needs_its_own_start(record: ArmRecord) -> bool:
+    """Whether an attempt was blocked or unclear with the enforcing arm's processes, and DAC does not say why.
+
+    What the service was denied at its start may be why. What failed is an error, and is not tried again.
+    """
+    if record.started_in is None or any(seen.result is Result.FAILED for seen in record.attempts):
+        return False
+    return any(
+        seen.result is Result.UNCLEAR
+        or (seen.result is Result.BLOCKED and not (seen.dac is not None and seen.dac.dac_forbids))
+        for seen in record.attempts
+    )
 
 
 def _broken(bench: Workbench, arm: Arm, error: str, seconds: float = 0.0) -> ArmRecord:
@@ -140,9 +157,9 @@ def _broken(bench: Workbench, arm: Arm, error: str, seconds: float = 0.0) -> Arm
 
 
 def _run_boot(bench: Workbench, scenario: Scenario, arms: Sequence[Arm]) -> dict[Arm, ArmRecord]:
-    """The records of `arms`, or of the first of them: where the guest dies, or the second does not go on from it.
+    """The records of `arms`, or of the first of them: where the guest dies, or the second cannot go on from it.
 
-    A logging arm behind the enforcing one goes on from there, see `_going_on`; one that cannot has a guest of its own.
+    A logging arm behind the enforcing one goes on from there, with its processes: only the mode is switched.
     """
     kernel, task = arms[0].kernel, f"{scenario.id} {arms[0].kernel}"
     plan = prepare.plan_of(scenario, bench.lab, kept=bench.image is None)
@@ -161,12 +178,11 @@ def _run_boot(bench: Workbench, scenario: Scenario, arms: Sequence[Arm]) -> dict
             if len(arms) > 1 and not goes_on:
                 machine.snapshot(SET_UP)
             for number, arm in enumerate(arms):
+                if number and goes_on and (records[arms[0]].error or not records[arms[0]].service_active):
+                    break
                 try:
                     if number and goes_on:
-                        found = _going_on(bench, machine, scenario, plan, arm, task, records[arms[0]])
-                        if found is None:
-                            break
-                        record = found
+                        record = _going_on(bench, machine, scenario, plan, arm, task, arms[0])
                     else:
                         if number:
                             machine.restore(SET_UP)
@@ -199,22 +215,14 @@ def _starting(
 
 
 def _going_on(
-    bench: Workbench, machine: Machine, scenario: Scenario, plan: prepare.Plan, arm: Arm, task: str, before: ArmRecord
-) -> ArmRecord | None:
-    """The record of a logging arm with the very processes of the enforcing one, `before`: only the mode is switched.
-
-    None where not all of its attempts are allowed: what the service was denied at its start may then be why, and the
-    arm has to start it. Raises as `prepare.switch` does, which makes the arm an error.
-    """
-    if before.error or not before.service_active:
-        return None
+    bench: Workbench, machine: Machine, scenario: Scenario, plan: prepare.Plan, arm: Arm, task: str, started_in: Arm
+) -> ArmRecord:
+    """The record of an arm with the very processes that were started in another one: only the mode is switched."""
     machine.restore(READY)
     bench.progress.step(task, f"{arm}: mode")
     prepare.switch(machine.channel, arm, plan)
     record = _attempts(bench, machine, scenario, plan, arm, task, prepare.Prepared(service_active=True))
-    if machine.running and any(seen.result is not Result.ALLOWED for seen in record.attempts):
-        return None
-    return record.model_copy(update={"started_in": before.arm})
+    return record.model_copy(update={"started_in": started_in})
 
 
 def _attempts(

@@ -385,40 +385,81 @@ def test_a_weaker_control_and_the_enforcing_arm_have_a_start_each_in_one_guest(b
     assert machine.channel.lines.count("systemctl start nginx.service") == 2
 
 
-@pytest.mark.parametrize("lacking", ["the attack", "benign work"])
+@pytest.mark.parametrize("lacking", ["read-shadow", "front-page"])
 def test_a_logging_arm_that_lacks_something_starts_the_service_itself(bench_of: BenchOf, lacking: str) -> None:
     """In the enforcing mode the service may have been denied at its start what an attempt needs."""
 
-    def fail(nginx: Nginx, arguments: Any) -> Any:
-        attack = arguments["request"]["path"].endswith("/etc/shadow")
-        if attack is (lacking == "the attack") and "systemctl start nginx.service" in started_in_enforcing:
-            return None if nginx.state["enforcing"] else {**nginx._attempt(**arguments), "result": visited(500, "")}
-        return None
-
-    started_in_enforcing: list[str] = []
-
     def trouble(nginx: Nginx, line: str, detail: Any) -> Any:
         if line == "systemctl start nginx.service":
-            started_in_enforcing[:] = [line] if nginx.state["enforcing"] else []
-        return fail(nginx, detail) if line == "ask attempt" else None
+            nginx.state["denied"] = nginx.state["enforcing"]
+        if line != "ask attempt" or nginx.state["enforcing"] or not nginx.state["denied"]:
+            return None
+        attack = detail["request"]["path"].endswith("/etc/shadow")
+        if attack is not (lacking == "read-shadow"):
+            return None
+        return {**nginx._attempt(**detail), "result": visited(500, "")}
 
     guests = Guests(trouble)
     selinux, other = outcomes(bench_of(guests), [flagship()])
     assert selinux.verdict is Verdict.CONTAINED, selinux.reason
     assert [arm.started_in for arm in selinux.arms] == [None, None, None]
     assert whole(selinux, PERMISSIVE)
+    permissive = selinux.arm(PERMISSIVE)
+    assert permissive is not None
+    before = {a.attempt: a.result for a in permissive.switched}
+    assert before == {"read-shadow": Result.ALLOWED, "front-page": Result.ALLOWED, lacking: Result.UNCLEAR}
     first, second = guests.lines()
     assert first.count("systemctl start nginx.service") == second.count("systemctl start nginx.service") == 1
     assert "ask relabel" in second, "it has a set-up of its own"
     assert [arm.started_in for arm in other.arms] == [None, Arm.APPARMOR_ENFORCE, None]
 
 
+def lacks(nginx: Nginx, arguments: Any) -> Any:
+    return {**nginx._attempt(**arguments), "result": visited(500, "")}
+
+
 def test_what_a_logging_arm_lacks_with_a_start_of_its_own_is_in_its_record(bench_of: BenchOf) -> None:
-    guests = Guests(at("ask attempt", lambda nginx, _: {**nginx._attempt(**_), "result": visited(500, "")}, PERMISSIVE))
+    guests = Guests(at("ask attempt", lacks, PERMISSIVE))
     selinux, _ = outcomes(bench_of(guests), [flagship()])
     assert [a.result for a in attempts(selinux.arm(PERMISSIVE)).values()] == [Result.UNCLEAR] * 2
     assert selinux.verdict is Verdict.INCONCLUSIVE
     assert len(guests.selinux) == 2
+
+
+def test_a_logging_arm_whose_own_guest_breaks_is_an_error(bench_of: BenchOf) -> None:
+    def trouble(nginx: Nginx, line: str, detail: Any) -> Any:
+        if line == "systemctl start nginx.service" and not nginx.state["enforcing"]:
+            raise ChannelError("fell silent")
+        return at("ask attempt", lacks, PERMISSIVE)(nginx, line, detail)
+
+    selinux, _ = outcomes(bench_of(Guests(trouble)), [flagship()])
+    record = selinux.arm(PERMISSIVE)
+    assert record is not None
+    assert (record.error, record.attempts, record.started_in) == ("fell silent", (), None)
+    assert [a.result for a in record.switched] == [Result.UNCLEAR] * 2
+    assert selinux.verdict is Verdict.ERROR
+
+
+def test_what_dac_refuses_in_a_logging_arm_needs_no_other_start(bench_of: BenchOf) -> None:
+    def refused(nginx: Nginx, arguments: Any) -> Any:
+        answer = nginx._attempt(**arguments)
+        return {**answer, "result": visited(403)} if arguments["request"]["path"].endswith("/etc/shadow") else answer
+
+    def trouble(nginx: Nginx, line: str, detail: Any) -> Any:
+        if line == "ask open_window":
+            closed = target()
+            entry = closed.chain[-1].model_copy(update={"mode": 0o100600})
+            closed = closed.model_copy(update={"chain": (*closed.chain[:-1], entry)})
+            return {**nginx._open_window(), "object": wire(closed)}
+        return refused(nginx, detail) if line == "ask attempt" else None
+
+    guests = Guests(trouble)
+    selinux, _ = outcomes(bench_of(guests), [flagship()])
+    shadow = attempts(selinux.arm(PERMISSIVE))["read-shadow"]
+    assert shadow.result is Result.BLOCKED
+    assert shadow.dac is not None
+    assert shadow.dac.dac_forbids
+    assert len(guests.selinux) == 1
 
 
 def test_each_arm_is_entered_under_its_own_name(bench_of: BenchOf) -> None:
@@ -693,6 +734,26 @@ def test_what_breaks_on_the_way_into_an_arm_is_that_arms_error_alone(bench_of: B
     assert bench.alive == 0
 
 
+@pytest.mark.parametrize("case", list(BROKEN_ARM))
+def test_what_breaks_on_the_way_from_the_set_up_is_that_arms_error_alone(bench_of: BenchOf, case: str) -> None:
+    """With steps behind the start each arm has a start of its own, in one guest."""
+    pattern, answer, words = BROKEN_ARM[case]
+    clocks: list[str] = []
+
+    def trouble(nginx: Nginx, line: str, detail: Any) -> Any:
+        if line == "ask clock":
+            clocks.append(line)
+        return at(pattern, answer)(nginx, line, detail) if len(clocks) == 3 else None
+
+    guests = Guests(trouble)
+    selinux, _ = outcomes(bench_of(guests), [flagship(after_start=[{"run": ["usermod", "late"]}])])
+    assert error_of(selinux, PERMISSIVE).startswith(words.replace("1 was", "0 was"))
+    assert attempts(selinux.arm(PERMISSIVE)) == {}
+    assert whole(selinux, ENFORCING)
+    (machine,) = guests.selinux
+    assert machine.turns.count(f"restore {SET_UP}") == 1
+
+
 def test_an_arm_that_cannot_be_restored_is_that_arms_error_alone(
     bench_of: BenchOf, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -710,13 +771,13 @@ def test_an_arm_that_cannot_be_restored_is_that_arms_error_alone(
 
 
 def test_the_seconds_of_an_arm_are_its_own(bench_of: BenchOf) -> None:
-    slow = at("ask open_window", lambda *_: time.sleep(0.5), PERMISSIVE)
+    slow = at("ask open_window", lambda *_: time.sleep(0.5), ENFORCING)
     selinux, _ = outcomes(bench_of(Guests(slow)), [flagship()])
-    first, second = (selinux.arm(arm) for arm in (PERMISSIVE, ENFORCING))
+    first, second = (selinux.arm(arm) for arm in (ENFORCING, PERMISSIVE))
     assert first is not None
     assert second is not None
     assert 0.5 <= first.seconds < 20
-    assert second.seconds < first.seconds
+    assert second.seconds < 0.5
 
 
 # An attempt that breaks
@@ -737,7 +798,7 @@ def test_a_channel_error_in_one_attempt_fails_that_attempt_only(bench_of: BenchO
     assert error_of(selinux, arm) == ""
     (healthy,) = {PERMISSIVE, ENFORCING} - {arm}
     assert whole(selinux, healthy)
-    assert len(guests.selinux) == (1 if arm is ENFORCING else 2)
+    assert len(guests.selinux) == 1, "what failed is an error, and is not tried again"
     assert selinux.verdict is Verdict.ERROR
     assert "the agent fell silent" in selinux.reason
     assert other.verdict is Verdict.CONTAINED

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import audit_state, mode, wire
+from builders import audit_state, mode, subject, target, wire
 
 from fakes import IMAGE, Answer, ScriptedChannel, said
 from lsmlab import prepare
@@ -366,7 +366,11 @@ def test_a_guest_is_switched_with_the_service_running() -> None:
 
 def test_a_guest_is_brought_into_an_arm_from_the_one_that_the_service_is_started_in() -> None:
     modes = iter([in_mode(ENFORCING), in_mode(PERMISSIVE)])
-    channel = bringing(mode=lambda: next(modes))
+    opened = {
+        "subject": wire(subject()), "object": wire(target()), "mode": in_mode(ENFORCING), "audit": audit_state(),
+        "resting": True, "drained": True,
+    }  # fmt: skip
+    channel = bringing(mode=lambda: next(modes), open_window=opened)
     found = prepare.bring_into(channel, PERMISSIVE, PLAN, IMAGE, started_in=ENFORCING)
     assert found.service_active
     lines = channel.lines
@@ -374,6 +378,7 @@ def test_a_guest_is_brought_into_an_arm_from_the_one_that_the_service_is_started
     mode = [n for n, line in enumerate(lines) if line == "write /sys/fs/selinux/enforce"]
     assert len(mode) == 2
     assert mode[0] < lines.index("systemctl start nginx.service") < lines.index("touch late") < mode[1]
+    assert lines.index("touch late") < lines.index("ask open_window") < mode[1], "it comes to rest in the first mode"
     assert channel.written["/run/lsmlab-arm"] == b"selinux-permissive\n"
 
 

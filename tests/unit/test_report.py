@@ -206,6 +206,11 @@ def test_where_the_service_was_started_is_told_in_detail() -> None:
     switched = with_arm(sample(), Arm.SELINUX_PERMISSIVE, started_in=ENFORCING)
     assert "service started in selinux-enforcing" in words(render(text.outcome_detail(switched)))
     assert "started in" not in words(render(text.outcome_detail(sample())))
+    before = attempt(sample(), ENFORCING, "read-shadow")
+    anew = with_arm(sample(), Arm.SELINUX_PERMISSIVE, switched=(before,))
+    assert f"with the enforcing arm's processes: read-shadow is blocked: {before.reason}" in words(
+        render(text.outcome_detail(anew))
+    )
 
 
 def test_a_block_without_its_denial_names_the_nearest() -> None:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -683,6 +683,30 @@ def test_close_ends_the_agent_and_what_it_runs(home: SshHome, channel: SshChanne
     assert not channel._connection.transport.is_active()
     assert process.wait(20) == 0
     until(lambda: not alive(int(marker.read_text())), "what the agent ran goes on")
+
+
+def test_close_ends_all_that_runs_beside_threads_that_wait(home: SshHome, channel: SshChannel) -> None:
+    def run(script: str) -> None:
+        with contextlib.suppress(ChannelError):
+            channel.run(["sh", "-c", script], timeout=60)
+
+    def start(scripts: Sequence[str]) -> list[threading.Thread]:
+        threads = [threading.Thread(target=run, args=(script,)) for script in scripts]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    for thread in start(["sleep 0.3"] * 4):
+        thread.join(20)
+    pids = [home.folder / f"pid-{number}" for number in range(2)]
+    running = start([f"echo $$ > {pid}.new; mv {pid}.new {pid}; exec sleep 60" for pid in pids])
+    until(lambda: all(pid.exists() for pid in pids), "the commands do not start")
+    channel.ask("ping")
+    channel.close()
+    for thread in running:
+        thread.join(20)
+    assert home.server.processes[0].wait(20) == 0
+    until(lambda: not any(alive(int(pid.read_text())) for pid in pids), "what the agent ran goes on")
 
 
 def test_a_machine_that_says_no_more_is_given_up_within_minutes(channel: SshChannel) -> None:

@@ -38,6 +38,7 @@ class Guests:
         self.saving: Callable[[], object] = lambda: None
         self.running = 0
         self.channel = MagicMock()
+        self.channel.ask.return_value = [9]
 
     def start(self, name: str, _hardware: Any, disk: Path, **how: Any) -> Guests:
         """See `QemuMachine.start`."""

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from lsmlab import attempt, discovery, prepare, run
 from lsmlab.bench import Bench
 from lsmlab.channel.base import Channel
 from lsmlab.scenario import Scenario
-from lsmlab.terms import Arm, Result
+from lsmlab.terms import Arm, Kernel, Result
 
 pytestmark = pytest.mark.lsmlab_vm
 
 TRACES = {
     "files": "find /etc /root /tmp /srv /var/www /usr/local -xdev -printf '%p %i %m %u %s %C@\\n' | sort | sha256sum",
     "content": "cat /etc/shadow /etc/passwd /var/www/html/index.html | sha256sum",
-    # udevd ends its workers when they have been idle for a while
-    "processes": "ps --ppid 2 -p 2 --deselect -o pid=,comm= | grep -v -e sh$ -e ps$ -e grep$ -e udev-worker",
+    "processes": "ps --ppid 2 -p 2 --deselect -o pid=,comm= | grep -v -e sh$ -e ps$ -e grep$",
     "mounts": "cat /proc/mounts",
     "modules": "cut -d' ' -f1 /proc/modules | sort",
     "sysctl": "cat /proc/sys/kernel/yama/ptrace_scope /proc/sys/net/ipv4/ip_forward /proc/sys/kernel/hostname",
@@ -111,12 +112,38 @@ def test_attempts_after_a_restore_are_told_apart(bench: Bench, flagship: Scenari
     assert max(lengths) - min(lengths) < 200, "the window of one attempt grew by another's records"
 
 
-def test_both_arms_of_a_kernel_start_from_one_set_up(bench: Bench, flagship: Scenario) -> None:
-    """The second arm is restored from the set-up: what the first one's attacks took is not in its log or its files."""
-    records = run.run_boot(bench, flagship, (Arm.SELINUX_PERMISSIVE, Arm.SELINUX_ENFORCING))
-    permissive, enforcing = records[Arm.SELINUX_PERMISSIVE], records[Arm.SELINUX_ENFORCING]
-    assert not permissive.error and not enforcing.error
-    logs = [a.observation.log for a in enforcing.attempts if a.observation]
-    assert logs and not any("permissive=1" in log for log in logs)
-    logs = [a.observation.log for a in permissive.attempts if a.observation]
-    assert any("permissive=1" in log for log in logs), "the first arm's attack left no record to be looked for"
+@pytest.mark.parametrize(
+    ("logging", "enforcing", "logged", "refused"),
+    [
+        (Arm.SELINUX_PERMISSIVE, Arm.SELINUX_ENFORCING, "permissive=1", "permissive=0"),
+        (Arm.APPARMOR_COMPLAIN, Arm.APPARMOR_ENFORCE, 'apparmor="ALLOWED"', 'apparmor="DENIED"'),
+    ],
+)
+def test_a_logging_arm_has_the_enforcing_arms_processes_and_nothing_of_its_attempts(
+    bench: Bench, flagship: Scenario, logging: Arm, enforcing: Arm, logged: str, refused: str
+) -> None:
+    """It goes on from the snapshot that the enforcing arm's attempts start from; only the mode is switched."""
+    records = run.run_boot(bench, flagship, (logging, enforcing))
+    assert [records[arm].error for arm in (logging, enforcing)] == ["", ""]
+    assert (records[logging].started_in, records[enforcing].started_in) == (enforcing, None)
+    assert [a.result for a in records[logging].attempts] == [Result.ALLOWED] * len(flagship.attempts)
+    seen = {arm: [a.observation for a in record.attempts if a.observation] for arm, record in records.items()}
+    processes = {arm: [(p.pid, p.domain) for p in looks[0].subject_before.processes] for arm, looks in seen.items()}
+    assert processes[logging] == processes[enforcing]
+    assert refused in seen[enforcing][0].log and not any(logged in look.log for look in seen[enforcing])
+    assert logged in seen[logging][0].log, "nothing was logged of what was allowed: a decision was cached"
+    assert not any(refused in look.log for look in seen[logging])
+
+
+def test_a_restore_sets_the_clock_back(bench: Bench) -> None:
+    """A guest that goes by a clock which runs on would have every timer end at once."""
+    clock = ["python3", "-c", "import time; print(time.monotonic())"]
+    with bench.guest(Kernel.SELINUX, "isolation clock") as machine:
+        machine.snapshot("then")
+        then = float(machine.channel.run(clock).check().out)
+        time.sleep(5)
+        late = float(machine.channel.run(clock).check().out)
+        machine.restore("then")
+        again = float(machine.channel.run(clock).check().out)
+    assert late - then > 4.5
+    assert again - then < (late - then) / 2

@@ -65,9 +65,14 @@ for part in kept.split():
 agent = guest.agent
 os.write(1, b"\\nready\\n")
 agent.serve(0, 1)
-for thread in os.listdir("/proc/self/task"):
-    for child in agent.text_of("/proc/self/task/" + thread + "/children").split():
+for _ in range(20):
+    children = []
+    for thread in os.listdir("/proc/self/task"):
+        children += agent.text_if_any("/proc/self/task/" + thread + "/children").split()
+    for child in children:
         agent._end_session(int(child))
+    if not children:
+        break
 os._exit(0)
 """
 """Runs as the login user, then once more by sudo. What is still running when the connection ends is ended with it."""

@@ -5,7 +5,8 @@ done in here: canary, request, sentinel, log, facts, one question and one answer
 library (3.9 or later), knows nothing of scenarios or verdicts, and never judges.
 
 Protocol: JSON lines over one byte stream. A question is `{"id": ..., "do": OPERATION, ...}`, its answer
-`{"id": ..., "answer": ...}` or `{"id": ..., "error": TEXT}`. No question waits for another one. Bytes are base64.
+`{"id": ..., "answer": ...}` or `{"id": ..., "error": TEXT}`. No question waits until another one is answered. Bytes are
+base64.
 """
 
 from __future__ import annotations
@@ -323,7 +324,7 @@ def _properties(unit: str, wanted: list[tuple[str, str]]) -> list[Any]:
                 number = fields.get(5)
                 if kind == 3:
                     raise Refused(f"systemd, of {unit}: {fields.get(4)}: {_value(body, 0, 's')[0] if body else ''}")
-                if kind == 2 and number in range(1, len(wanted) + 1):
+                if kind == 2 and isinstance(number, int):
                     found[number] = _value(body, 0, "v")[0]
         except (TimeoutError, socket.timeout):  # noqa: UP041 - not the same before Python 3.10
             raise Refused(f"systemd does not answer within {SYSTEMD_SECONDS} s") from None
@@ -992,9 +993,8 @@ class _Answering:
     def __init__(self, target: int) -> None:
         self._target = target
         self._writing = threading.Lock()
-        self._questions: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._questions: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._idle = 0
-        self._most_idle = IDLE_THREADS
         self._counting = threading.Lock()
 
     def answer(self, question: dict[str, Any]) -> None:
@@ -1010,28 +1010,21 @@ class _Answering:
                 return
         self._questions.put(question)
 
-    def end(self) -> None:
-        """Let the threads that wait end."""
-        with self._counting:
-            self._most_idle = 0
-            for _ in range(self._idle):
-                self._questions.put(None)
-
     def _work(self) -> None:
         stays = True
-        while stays and (question := self._questions.get()) is not None:
-            reply = _reply(question)
+        while stays:
+            reply = _reply(self._questions.get())
             with self._counting:  # before it is written: the next question may come at once
-                stays = self._idle < self._most_idle
+                stays = self._idle < IDLE_THREADS
                 self._idle += stays
             self._write(reply)
 
     def _write(self, reply: bytes) -> None:
-        # A newline first: what a restored snapshot cut short ends there
-        left = memoryview(b"\n" + reply + b"\n")
         with self._writing, contextlib.suppress(OSError):  # nobody is there to be told
-            while left:
-                left = left[os.write(self._target, left) :]
+            for part in (b"\n", reply, b"\n"):  # a newline first: what a restored snapshot cut short ends there
+                left = memoryview(part)
+                while left:
+                    left = left[os.write(self._target, left) :]
 
 
 def serve(source: int, target: int) -> None:
@@ -1044,4 +1037,3 @@ def serve(source: int, target: int) -> None:
             continue
         if isinstance(question, dict):
             answering.answer(question)
-    answering.end()

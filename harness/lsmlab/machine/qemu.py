@@ -45,8 +45,8 @@ SSH_RETRY_SECONDS = 0.5
 SSH_AGAIN_SECONDS = 60.0
 """How long a login may take in a guest that was let in before."""
 OVERLAY = "cluster_size=1M,extended_l2=on"
-"""Snapshots are written to the overlay: in large clusters, which take a fifth less time; a guest's own small writes
-still take 32 KiB each, as they are the clusters' parts."""
+"""Snapshots are written to the overlay: in large clusters that takes a fifth less time. Their parts, of 32 KiB, keep a
+guest's own small writes small."""
 CONSOLE_BYTES = 1 << 16
 """The console's ring buffer lies in QEMU: a guest that floods it costs nothing. A power of two."""
 

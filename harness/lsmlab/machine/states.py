@@ -208,6 +208,7 @@ def _boot(lab: Lab, image: Image, kernel: Kernel, state: SavedState, progress: P
 
                 progress.step(task, f"starting {lab.title}'s container engine (kernel: {kernel})")
                 engine.bring_up(machine.channel, lab.engine.units)
+            _let_workers_end(machine.channel)
             progress.step(task, f"saving the booted state (kernel: {kernel})")
             machine.save(work / "ram")
         except LsmlabError as error:
@@ -244,7 +245,6 @@ def settle(channel: Channel, kernel: Kernel) -> None:
             f"the guest's kernel has not all audit rules of ours: none has the key {lacking[0]}",
             hint="Its evidence would have gaps. See /etc/audit/rules.d there, and what loads it.",
         )
-    _let_workers_end(channel)
     channel.run(["sync"]).check()
 
 

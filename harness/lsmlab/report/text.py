@@ -374,6 +374,7 @@ def _arm_detail(arm: ArmRecord) -> Iterator[RenderableType]:
             "service",
             f"started in {arm.started_in}" if arm.started_in else "" if arm.service_active else "did not start",
         ),
+        ("before", bullets(_switched(seen) for seen in arm.switched)),
         ("denied", _records(arm.setup_denials)),
         ("error", Text(clean(arm.error), style=ODD)),
     )
@@ -381,6 +382,10 @@ def _arm_detail(arm: ArmRecord) -> Iterator[RenderableType]:
     for seen in arm.attempts:
         yield Text.assemble((f"{_line(seen.attempt)} ({seen.kind}): ", "bold"), _result(arm, seen))
         yield from (Block(_attempt_detail(seen), 2), Text())
+
+
+def _switched(seen: AttemptRecord) -> Text:
+    return Text(clean(f"with the enforcing arm's processes: {_line(seen.attempt)} is {seen.result}: {seen.reason}"))
 
 
 def _attempt_detail(seen: AttemptRecord) -> Table:
