@@ -198,11 +198,12 @@ def measure_line(figures: Figures, lab: Lab, scenario: Scenario, work: Path, cou
         say(f"{count} scenarios")
         names = [str(folder / f"copy-{number:02}") for number in range(count)]
         points.append((count, lsmlab("run", *names, "--lab", lab.id, state=work)[0]))
+    arms = {arm for case in run.cases([scenario], lab) for arm in case.arms}
     fit = statistics.linear_regression([c for c, _ in points], [s for _, s in points])
     worst = max(abs(s - (fit.slope * c + fit.intercept)) / s for c, s in points)
     figures.raw["line"] = {
         "seconds": dict(points), "slope": fit.slope, "intercept": fit.intercept, "worst_deviation": worst,
-        "attempts": len(scenario.attacks + scenario.benign[:1]) * len(lab.arms),
+        "attempts": len(scenario.attacks + scenario.benign[:1]) * len(arms),
     }  # fmt: skip
 
 
@@ -425,6 +426,9 @@ def main() -> None:
     scenario = discovery.load_scenarios([FLAGSHIP])[0]
     figures, processors = Figures(), len(os.sched_getaffinity(0))
     start = time.monotonic()
+    about = {"processors": processors, "machine": platform.machine(), "qemu": host.version(QEMU, "--version"),
+             "lab": lab.id, "seconds": 0}  # fmt: skip
+    ratios: dict[str, Any] = {}
     logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # it prints every knock at a guest that still boots
     with tempfile.TemporaryDirectory(prefix="bench-", dir=paths.make(paths.cache())) as folder:
         work = Path(folder)
@@ -440,10 +444,10 @@ def main() -> None:
             if name in wanted:
                 say(f"measuring: {name}")
                 step()
-    ratios = summary(figures, processors)
-    about = {"processors": processors, "machine": platform.machine(), "qemu": host.version(QEMU, "--version"),
-             "lab": lab.id, "seconds": round(time.monotonic() - start)}  # fmt: skip
-    options.json.write_text(json.dumps({**ratios, "about": about, "raw": figures.raw}, indent=1) + "\n", "utf-8")
+                ratios = summary(figures, processors)
+                about["seconds"] = round(time.monotonic() - start)
+                text = json.dumps({**ratios, "about": about, "raw": figures.raw}, indent=1)
+                options.json.write_text(f"{text}\n", "utf-8")  # now: the next part may be interrupted
     print(report(figures, ratios))
     say(f"written: {options.json}")
 
