@@ -77,6 +77,11 @@ class Figures:
         return None if over is None or not under else round(over / under, 2)
 
 
+def arms_of(scenario: Scenario, lab: Lab) -> list[Arm]:
+    """The arms that a run of `scenario` has, each once: of all that the lab has, those that it is about."""
+    return list(dict.fromkeys(arm for case in run.cases([scenario], lab) for arm in case.arms))
+
+
 # (a) and (b): the floor, and one attempt of ours
 
 
@@ -198,12 +203,11 @@ def measure_line(figures: Figures, lab: Lab, scenario: Scenario, work: Path, cou
         say(f"{count} scenarios")
         names = [str(folder / f"copy-{number:02}") for number in range(count)]
         points.append((count, lsmlab("run", *names, "--lab", lab.id, state=work)[0]))
-    arms = {arm for case in run.cases([scenario], lab) for arm in case.arms}
     fit = statistics.linear_regression([c for c, _ in points], [s for _, s in points])
     worst = max(abs(s - (fit.slope * c + fit.intercept)) / s for c, s in points)
     figures.raw["line"] = {
         "seconds": dict(points), "slope": fit.slope, "intercept": fit.intercept, "worst_deviation": worst,
-        "attempts": len(scenario.attacks + scenario.benign[:1]) * len(arms),
+        "attempts": len(scenario.attacks + scenario.benign[:1]) * len(arms_of(scenario, lab)),
     }  # fmt: skip
 
 
@@ -346,7 +350,7 @@ def measure_usual(figures: Figures, lab: Lab, scenario: Scenario, work: Path, ti
         disk, key = prepare_usual(bench, work)
 
         def arm_after_arm() -> None:  # as pytest does
-            for arm in lab.arms:
+            for arm in arms_of(scenario, lab):
                 usual_arm(bench, scenario, arm, disk, key, work)
 
         figures.raw["usual"] = [timed(arm_after_arm) for _ in range(times)]

@@ -27,7 +27,10 @@ class AttemptRecord(JudgedAttempt):
 
 
 class ArmRecord(JudgedArm):
-    """One arm. `seconds` is wall time; the first arm in a guest has the guest's start and the set-up in its own."""
+    """One arm. `seconds` is wall time; the first arm in a guest has the guest's start and the set-up in its own.
+
+    What an arm took that was made anew, see `switched`, is in none.
+    """
 
     lsm: tuple[str, ...] = ()
     command_line: str = ""

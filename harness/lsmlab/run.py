@@ -139,17 +139,18 @@ def run_boot(bench: Workbench, scenario: Scenario, arms: Sequence[Arm]) -> dict[
 
 
 def _needs_its_own_start(record: ArmRecord) -> bool:
-    """Whether an attempt was blocked or unclear with the enforcing arm's processes, and DAC does not say why.
+    """Whether an attempt was blocked or unclear with the enforcing arm's processes.
 
     What the service was denied at its start may be why. What failed is an error, and is not tried again.
     """
-    if record.started_in is None or any(seen.result is Result.FAILED for seen in record.attempts):
-        return False
-    return any(
-        seen.result is Result.UNCLEAR
-        or (seen.result is Result.BLOCKED and not (seen.dac is not None and seen.dac.dac_forbids))
-        for seen in record.attempts
-    )
+    results = {seen.result for seen in record.attempts}
+    return record.started_in is not None and Result.FAILED not in results and results != {Result.ALLOWED}
+
+
+def _can_be_gone_on_from(record: ArmRecord) -> bool:
+    """Whether nothing failed and the service runs; with one that has died since its start no attempt can be made."""
+    failed = any(seen.result is Result.FAILED for seen in record.attempts)
+    return record.service_active and not record.error and not failed
 
 
 def _broken(bench: Workbench, arm: Arm, error: str, seconds: float = 0.0) -> ArmRecord:
@@ -178,7 +179,7 @@ def _run_boot(bench: Workbench, scenario: Scenario, arms: Sequence[Arm]) -> dict
             if len(arms) > 1 and not goes_on:
                 machine.snapshot(SET_UP)
             for number, arm in enumerate(arms):
-                if number and goes_on and (records[arms[0]].error or not records[arms[0]].service_active):
+                if number and goes_on and not _can_be_gone_on_from(records[arms[0]]):
                     break
                 try:
                     if number and goes_on:

@@ -1028,6 +1028,22 @@ def test_the_state_is_asked_anew_once_the_main_process_is_gone(cgroups: Path, mo
     assert asked == ["web.service"] * 3
 
 
+def test_a_service_that_is_being_started_anew_is_waited_for(cgroups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = iter(["deactivating", "activating", "active"])
+    monkeypatch.setattr(agent, "service", lambda _: {**KNOWN, "active": next(states), "main_pid": os.getpid()})
+    group(cgroups, "web.service", os.getpid())
+    found = agent.subject("web.service", {**KNOWN, "main_pid": 1})
+    assert found["service"]["active"] == "active"
+    assert [p["main"] for p in found["processes"]] == [True]
+
+
+def test_a_service_that_never_gets_there_is_as_it_is(cgroups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "ON_ITS_WAY_SECONDS", 0.1)
+    monkeypatch.setattr(agent, "service", lambda _: {**KNOWN, "active": "activating", "main_pid": 0})
+    group(cgroups, "web.service", os.getpid())
+    assert agent.subject("web.service")["service"]["active"] == "activating"
+
+
 NGINX = {"ActiveState": "active", "SubState": "running", "Result": "success", "MainPID": 481}
 
 
@@ -1052,6 +1068,7 @@ class Systemd:
 
     def __init__(self, place: Path) -> None:
         self.asked: list[bytes] = []
+        self.starts: list[bytes] = []
         self.greeting = b"OK 0123456789abcdef0123456789abcdef\r\n"
         self.answer: Callable[[int, bytes], bytes] = self.of_nginx
         self._server = socket.socket(socket.AF_UNIX)
@@ -1072,6 +1089,7 @@ class Systemd:
                 link.sendall(self.greeting)
                 while len(start := stream.read(16)) == 16:
                     size, number, length = struct.unpack("<4xIII", start)
+                    self.starts.append(start)
                     question = stream.read(length + -length % 8 + size)
                     self.asked.append(question)
                     with contextlib.suppress(OSError):
@@ -1095,6 +1113,20 @@ def test_what_systemd_says(systemd: Systemd) -> None:
     for question in questions:
         assert b"/org/freedesktop/systemd1/unit/nginx_401_2eservice\0" in question
         assert b"org.freedesktop.DBus.Properties\0" in question
+
+
+def test_a_question_to_systemd_byte_for_byte(systemd: Systemd) -> None:
+    """As libsystemd takes it: a field of the header begins at a multiple of 8, a text of the body at one of 4."""
+    agent.service("nginx.service")
+    assert systemd.asked[1] == (
+        b"\x01\x01o\x00\x2e\x00\x00\x00/org/freedesktop/systemd1/unit/nginx_2eservice\x00\x00"
+        b"\x02\x01s\x00\x1f\x00\x00\x00org.freedesktop.DBus.Properties\x00"
+        b"\x03\x01s\x00\x03\x00\x00\x00Get\x00\x00\x00\x00\x00"
+        b"\x08\x01g\x00\x02ss\x00"
+        b"\x1d\x00\x00\x00org.freedesktop.systemd1.Unit\x00\x00\x00"
+        b"\x0b\x00\x00\x00ActiveState\x00"
+    )
+    assert systemd.starts[0] == b"l\x01\x00\x01\x34\x00\x00\x00\x01\x00\x00\x00\x78\x00\x00\x00"
 
 
 def test_a_group_of_units_has_no_main_process(systemd: Systemd) -> None:

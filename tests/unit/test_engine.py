@@ -440,26 +440,23 @@ def test_a_logging_arm_whose_own_guest_breaks_is_an_error(bench_of: BenchOf) -> 
     assert selinux.verdict is Verdict.ERROR
 
 
-def test_what_dac_refuses_in_a_logging_arm_needs_no_other_start(bench_of: BenchOf) -> None:
-    def refused(nginx: Nginx, arguments: Any) -> Any:
-        answer = nginx._attempt(**arguments)
-        return {**answer, "result": visited(403)} if arguments["request"]["path"].endswith("/etc/shadow") else answer
+def test_a_logging_arm_does_not_go_on_from_a_service_that_has_died(bench_of: BenchOf) -> None:
+    """One that the kernel kills once it has started: no attempt can be made as it, and none where only the mode is
+    another."""
 
-    def trouble(nginx: Nginx, line: str, detail: Any) -> Any:
-        if line == "ask open_window":
-            closed = target()
-            entry = closed.chain[-1].model_copy(update={"mode": 0o100600})
-            closed = closed.model_copy(update={"chain": (*closed.chain[:-1], entry)})
-            return {**nginx._open_window(), "object": wire(closed)}
-        return refused(nginx, detail) if line == "ask attempt" else None
+    def trouble(nginx: Nginx, line: str, _: Any) -> Any:
+        if line == "ask attempt" and nginx.state["enforcing"]:
+            raise ChannelError("the service has no process whose rights a command could be given")
+        return None
 
     guests = Guests(trouble)
     selinux, _ = outcomes(bench_of(guests), [flagship()])
-    shadow = attempts(selinux.arm(PERMISSIVE))["read-shadow"]
-    assert shadow.result is Result.BLOCKED
-    assert shadow.dac is not None
-    assert shadow.dac.dac_forbids
-    assert len(guests.selinux) == 1
+    assert whole(selinux, PERMISSIVE)
+    record = selinux.arm(PERMISSIVE)
+    assert record is not None
+    assert (record.started_in, record.switched) == (None, ())
+    assert len(guests.selinux) == 2
+    assert selinux.verdict is Verdict.ERROR
 
 
 def test_each_arm_is_entered_under_its_own_name(bench_of: BenchOf) -> None:
@@ -798,7 +795,7 @@ def test_a_channel_error_in_one_attempt_fails_that_attempt_only(bench_of: BenchO
     assert error_of(selinux, arm) == ""
     (healthy,) = {PERMISSIVE, ENFORCING} - {arm}
     assert whole(selinux, healthy)
-    assert len(guests.selinux) == 1, "what failed is an error, and is not tried again"
+    assert len(guests.selinux) == (2 if arm is ENFORCING else 1), "what failed is an error, and is not tried again"
     assert selinux.verdict is Verdict.ERROR
     assert "the agent fell silent" in selinux.reason
     assert other.verdict is Verdict.CONTAINED
@@ -816,11 +813,26 @@ def test_a_restore_that_fails_fails_the_attempt_that_needs_it(
 
     monkeypatch.setattr(ScriptedMachine, "restore", broken)
     selinux, _ = outcomes(bench_of(), [flagship()])
-    for arm in (Arm.DAC, ENFORCING):
+    for arm in (PERMISSIVE, ENFORCING):
         found = attempts(selinux.arm(arm))
         assert found["read-shadow"].result is not Result.FAILED
         assert (found["front-page"].result, found["front-page"].reason) == (Result.FAILED, "restore ready: broken")
-    assert error_of(selinux, PERMISSIVE) == "restore ready: broken", "it was to go on from there"
+
+
+def test_a_logging_arm_that_cannot_begin_where_it_is_to_go_on_is_an_error(
+    bench_of: BenchOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restore = ScriptedMachine.restore
+
+    def broken(machine: ScriptedMachine, name: str) -> None:
+        if len(machine.turns) == 2 and machine.channel.written["/run/lsmlab-arm"] == b"selinux-enforcing\n":
+            raise MachineError("restore ready: broken")
+        restore(machine, name)
+
+    monkeypatch.setattr(ScriptedMachine, "restore", broken)
+    selinux, _ = outcomes(bench_of(), [flagship()])
+    assert whole(selinux, ENFORCING)
+    assert error_of(selinux, PERMISSIVE) == "restore ready: broken"
 
 
 NONSENSE: list[Any] = [[], "nonsense", 0, {}, {"planted": True}, {"verdict": "CONTAINED"}, {"result": visited(403)}]

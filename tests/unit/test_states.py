@@ -490,6 +490,14 @@ def test_a_boot_has_settled_when_udevs_workers_have_ended(monkeypatch: pytest.Mo
     channel.ask.assert_called_with("pids", unit="systemd-udevd.service")
 
 
+def test_udevs_workers_have_ended_when_a_state_is_saved(ensure: Ensure, guests: Guests) -> None:
+    asked: list[Any] = []
+    guests.saving = lambda: asked.extend(guests.channel.ask.call_args_list)
+    ensure()
+    assert asked[-1].args == ("pids",)
+    assert asked[-1].kwargs == {"unit": "systemd-udevd.service"}
+
+
 def test_a_boot_whose_workers_stay_is_saved_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(states, "UDEV_SECONDS", 0.01)
     channel = MagicMock()

@@ -5,7 +5,7 @@ done in here: canary, request, sentinel, log, facts, one question and one answer
 library (3.9 or later), knows nothing of scenarios or verdicts, and never judges.
 
 Protocol: JSON lines over one byte stream. A question is `{"id": ..., "do": OPERATION, ...}`, its answer
-`{"id": ..., "answer": ...}` or `{"id": ..., "error": TEXT}`. No question waits until another one is answered. Bytes are
+`{"id": ..., "answer": ...}` or `{"id": ..., "error": TEXT}`. No question waits for what another one does. Bytes are
 base64.
 """
 
@@ -42,6 +42,8 @@ LSM = "/sys/kernel/security/lsm"
 ENFORCE = "/sys/fs/selinux/enforce"
 SYSTEMD = "/run/systemd/private"
 SYSTEMD_SECONDS = 60
+ON_ITS_WAY_SECONDS = 2
+"""How long a unit is waited for that is being started or stopped: systemd starts one anew after 0.1 s."""
 VEHICLE = "/usr/lib/lsmlab/vehicle"
 """Where the program of a command run as a service is copied to; an audit rule of the image watches it."""
 MOST_OUTPUT = 16 << 20
@@ -376,10 +378,23 @@ def _process(pid: int, main: int) -> dict[str, Any]:
     }
 
 
+def _at_last(unit: str) -> dict[str, Any]:
+    """The state of a unit that is on its way to another, such as one whose main process has ended, a moment later."""
+    deadline = time.monotonic() + ON_ITS_WAY_SECONDS
+    while True:
+        state = service(unit)
+        if state["active"] not in {"activating", "deactivating", "reloading"} or time.monotonic() > deadline:
+            return state
+        time.sleep(REST_SECONDS)
+
+
 def subject(unit: str, known: dict[str, Any] | None = None) -> dict[str, Any]:
     """A unit's state and processes. `known`: its state from before, which holds while its main process lives."""
     there = pids(unit)
-    state = known if known is not None and known["main_pid"] in there else service(unit)
+    if known is not None and known["main_pid"] in there:
+        state = known
+    else:
+        state, there = _at_last(unit), pids(unit)
     processes = []
     for pid in there:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
