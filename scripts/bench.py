@@ -432,7 +432,15 @@ def main() -> None:
     start = time.monotonic()
     about = {"processors": processors, "machine": platform.machine(), "qemu": host.version(QEMU, "--version"),
              "lab": lab.id, "seconds": 0}  # fmt: skip
-    ratios: dict[str, Any] = {}
+
+    def write() -> dict[str, Any]:
+        """What was measured so far, into the file: the next part may be interrupted."""
+        ratios = summary(figures, processors)
+        about["seconds"] = round(time.monotonic() - start)
+        text = json.dumps({**ratios, "about": about, "raw": figures.raw}, indent=1)
+        options.json.write_text(f"{text}\n", "utf-8")
+        return ratios
+
     logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # it prints every knock at a guest that still boots
     with tempfile.TemporaryDirectory(prefix="bench-", dir=paths.make(paths.cache())) as folder:
         work = Path(folder)
@@ -448,11 +456,8 @@ def main() -> None:
             if name in wanted:
                 say(f"measuring: {name}")
                 step()
-                ratios = summary(figures, processors)
-                about["seconds"] = round(time.monotonic() - start)
-                text = json.dumps({**ratios, "about": about, "raw": figures.raw}, indent=1)
-                options.json.write_text(f"{text}\n", "utf-8")  # now: the next part may be interrupted
-    print(report(figures, ratios))
+                write()
+    print(report(figures, write()))
     say(f"written: {options.json}")
 
 

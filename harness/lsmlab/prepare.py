@@ -133,7 +133,7 @@ def set_up(channel: Channel, arm: Arm, plan: Plan, image: Image | None, tell: Te
 
 
 def enter(channel: Channel, arm: Arm, plan: Plan, *, start: bool) -> Prepared:
-    """Enter the arm's mode and start the service in it. Raises as `set_up`."""
+    """Enter the arm's mode and start the service in it, or leave the service as it is. Raises as `set_up`."""
     driver = FRAMEWORKS[arm.framework]
     mark(channel, arm)
     driver.enter(channel, arm, plan.policy)
@@ -151,14 +151,6 @@ def enter(channel: Channel, arm: Arm, plan: Plan, *, start: bool) -> Prepared:
         do_steps(channel, plan.after_start, "after_start")
     driver.settle(channel, arm)
     return Prepared(service_active=started, setup_denials=denials, container=running)
-
-
-def switch(channel: Channel, arm: Arm, plan: Plan) -> None:
-    """Enter the mode of `arm` with the service running, as another arm of the kernel left it. Raises as `set_up`."""
-    driver = FRAMEWORKS[arm.framework]
-    mark(channel, arm)
-    driver.enter(channel, arm, plan.policy)
-    driver.settle(channel, arm)
 
 
 def _deliver(channel: Channel, arm: Arm, made: Made, tell: Tell) -> None:
@@ -219,7 +211,7 @@ def bring_into(
     prepared = enter(channel, first, plan, start=set_up(channel, first, plan, image, tell))
     if first is not arm:
         attempt.open_window(channel, plan.unit, plan.object_path)
-        switch(channel, arm, plan)
+        enter(channel, arm, plan, start=False)
     return prepared
 
 

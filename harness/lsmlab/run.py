@@ -221,7 +221,7 @@ def _going_on(
     """The record of an arm with the very processes that were started in another one: only the mode is switched."""
     machine.restore(READY)
     bench.progress.step(task, f"{arm}: mode")
-    prepare.switch(machine.channel, arm, plan)
+    prepare.enter(machine.channel, arm, plan, start=False)
     record = _attempts(bench, machine, scenario, plan, arm, task, prepare.Prepared(service_active=True))
     return record.model_copy(update={"started_in": started_in})
 

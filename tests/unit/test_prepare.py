@@ -356,7 +356,7 @@ def test_a_guest_is_brought_into_an_arm() -> None:
 
 def test_a_guest_is_switched_with_the_service_running() -> None:
     channel = bringing()
-    prepare.switch(channel, PERMISSIVE, PLAN)
+    prepare.enter(channel, PERMISSIVE, PLAN, start=False)
     assert channel.lines == [
         "ask clock", "write /run/lsmlab-arm", "write /sys/fs/selinux/enforce", "ask mode",
         "write /sys/fs/selinux/commit_pending_bools",

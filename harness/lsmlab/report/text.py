@@ -370,10 +370,7 @@ def _arm_detail(arm: ArmRecord) -> Iterator[RenderableType]:
         ("kernel", arm.command_line),
         ("LSMs", ", ".join(arm.lsm)),
         ("took", duration(arm.seconds)),
-        (
-            "service",
-            f"started in {arm.started_in}" if arm.started_in else "" if arm.service_active else "did not start",
-        ),
+        ("service", _start_of(arm)),
         ("before", bullets(_switched(seen) for seen in arm.switched)),
         ("denied", _records(arm.setup_denials)),
         ("error", Text(clean(arm.error), style=ODD)),
@@ -382,6 +379,12 @@ def _arm_detail(arm: ArmRecord) -> Iterator[RenderableType]:
     for seen in arm.attempts:
         yield Text.assemble((f"{_line(seen.attempt)} ({seen.kind}): ", "bold"), _result(arm, seen))
         yield from (Block(_attempt_detail(seen), 2), Text())
+
+
+def _start_of(arm: ArmRecord) -> str:
+    if arm.started_in is not None:
+        return f"started in {arm.started_in}"
+    return "" if arm.service_active else "did not start"
 
 
 def _switched(seen: AttemptRecord) -> Text:
