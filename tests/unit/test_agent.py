@@ -720,27 +720,33 @@ def test_a_log_that_is_not_there_is_told(log: Path) -> None:
 class Kernel:
     """The kernel's end of an audit socket: `answer` to each message, which is kept."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: bytes) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: bytes) -> None:
         self.asked: list[tuple[Any, ...]] = []
-        self._answer = answer
+        self.opened = 0
+        self._answers = answers
+        monkeypatch.setattr(agent, "_audit", agent._Audit())
         names = types.SimpleNamespace(socket=self._open, AF_NETLINK=socket.AF_NETLINK, SOCK_RAW=socket.SOCK_RAW)
         monkeypatch.setattr(agent, "socket", names)
 
     def _open(self, *kind: int) -> socket.socket:
         assert kind == (socket.AF_NETLINK, socket.SOCK_RAW, 9)
+        self.opened += 1
         ours, theirs = socket.socketpair(type=socket.SOCK_DGRAM)
         threading.Thread(target=self._serve, args=(theirs,), daemon=True).start()
         return ours
 
     def _serve(self, end: socket.socket) -> None:
         with end:
-            data = end.recv(1 << 16)
-            self.asked.append((*struct.unpack_from("=IHHII", data), data[16:]))
-            end.send(self._answer)
+            while True:
+                data = end.recv(1 << 16)
+                self.asked.append((*struct.unpack_from("=IHHII", data), data[16:]))
+                for answer in self._answers:  # 0: to what was just asked
+                    number = struct.unpack_from("=I", answer, 8)[0] or self.asked[-1][3]
+                    end.send(answer[:8] + struct.pack("=I", number) + answer[12:])
 
 
-def netlink(kind: int, body: bytes) -> bytes:
-    return struct.pack("=IHHII", 16 + len(body), kind, 0, 1, 0) + body
+def netlink(kind: int, body: bytes, number: int = 0) -> bytes:
+    return struct.pack("=IHHII", 16 + len(body), kind, 0, number, 0) + body
 
 
 def test_the_state_of_auditing(monkeypatch: pytest.MonkeyPatch, log: Path) -> None:
@@ -754,6 +760,17 @@ def test_the_state_of_auditing(monkeypatch: pytest.MonkeyPatch, log: Path) -> No
     log.unlink()
     with pytest.raises(agent.Refused, match=r"audit\.log: No such file or directory"):
         agent.audit_state()
+
+
+def test_auditing_is_asked_over_one_socket_and_an_answer_to_another_question_is_none(
+    monkeypatch: pytest.MonkeyPatch, log: Path
+) -> None:
+    status = [struct.pack("=8I", 1, 1, 1, 344, 0, 16384, lost, 0) for lost in (4, 5)]
+    kernel = Kernel(monkeypatch, netlink(1000, status[0], 77), netlink(1000, status[1]))
+    before = descriptors()
+    assert [agent.audit_state()["lost"] for _ in range(20)] == [5] * 20
+    assert [asked[3] for asked in kernel.asked] == list(range(1, 21))
+    assert (kernel.opened, len(descriptors() - before)) == (1, 2)  # and the kernel's end
 
 
 def test_the_sentinel_is_a_record_that_the_kernel_confirms(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1332,6 +1349,8 @@ def test_a_body_in_chunks_or_to_the_end_or_none(serving: Serving) -> None:
     assert text(agent.visit("GET", serving(b"HTTP/1.0 200 OK\r\n\r\nto the end").port, "/", 20)) == "to the end"
     done = agent.visit("GET", serving(b"HTTP/1.1 204 No Content\r\n\r\n").port, "/", 20)
     assert (done["status"], done["out"], done["err"]) == (204, "", "")
+    many = b"HTTP/1.1 200 OK\n" + b"A: b\n" * 500 + b"CONTENT-length:4\n\nmanyx"
+    assert text(agent.visit("GET", serving(many).port, "/", 20)) == "many"
     continued = b"HTTP/1.1 100 Continue\r\n\r\n" + ok(b"then")
     assert text(agent.visit("GET", serving(continued).port, "/", 20)) == "then"
 
@@ -1391,10 +1410,16 @@ def test_an_endless_body_is_too_much(serving: Serving, monkeypatch: pytest.Monke
         while True:
             link.sendall(b"y" * 10_000)
 
+    def pour_chunks(link: socket.socket, _: bytes) -> None:
+        link.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n")
+        while True:
+            link.sendall(b"3333\r\n" + b"y" * 0x3333 + b"\r\n")
+
     monkeypatch.setattr(agent, "MOST_OUTPUT", 200_000)
-    done = agent.visit("GET", serving(pour).port, "/", 20)
-    assert (done["too_much"], done["timed_out"], done["status"]) == (True, False, 200)
-    assert len(raw(done["out"])) == 200_000
+    for pouring in (pour, pour_chunks):
+        done = agent.visit("GET", serving(pouring).port, "/", 20)
+        assert (done["too_much"], done["timed_out"], done["status"], done["err"]) == (True, False, 200, "")
+        assert len(raw(done["out"])) == 200_000
     exact = agent.visit("GET", serving(ok(bytes(200_000))).port, "/", 20)
     assert (exact["too_much"], exact["err"], len(raw(exact["out"]))) == (False, "", 200_000)
 
@@ -1407,13 +1432,38 @@ def test_an_endless_body_is_too_much(serving: Serving, monkeypatch: pytest.Monke
         (b"\xff\xfe\x00" * 100, None, ""),
         (b"HTTP/1.1 99999 x\r\n\r\n", None, ""),
         (b"x" * 100_000, None, ""),
-        (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n", None, ""),
+        (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 20_000 + b"\r\n", None, ""),
         (b"HTTP/1.1 200 OK\r\nA: " + b"b" * 100_000 + b"\r\n\r\n", None, ""),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort", 200, "short"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc", 200, ""),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabc", 200, "abc"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabcde\r\n0\r\n\r\n", 200, "abc"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", 200, "abc"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-3\r\nabc", 200, ""),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: -3\r\n\r\nabc", 200, ""),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nabc", 200, ""),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", None, ""),
+        (b"HTTP/1.1 200 OK\r\nA: b", None, ""),
     ],
-    ids=["nothing", "ssh", "binary", "status", "line", "headers", "header", "short", "chunk", "cut-chunk"],
+    ids=[
+        "nothing",
+        "ssh",
+        "binary",
+        "status",
+        "line",
+        "headers",
+        "header",
+        "short",
+        "chunk",
+        "cut-chunk",
+        "long-chunk",
+        "no-last-chunk",
+        "negative-chunk",
+        "negative",
+        "no-number",
+        "go-on",
+        "cut-head",
+    ],
 )
 def test_what_is_no_http_is_told(serving: Serving, answer: bytes, status: int | None, out: str) -> None:
     server = serving(answer)

@@ -16,7 +16,6 @@ import contextlib
 import ctypes
 import errno
 import grp
-import http.client
 import json
 import os
 import pwd
@@ -41,6 +40,7 @@ APPARMOR_MODE = "/sys/module/apparmor/parameters/mode"
 LSM = "/sys/kernel/security/lsm"
 ENFORCE = "/sys/fs/selinux/enforce"
 SYSTEMD = "/run/systemd/private"
+UNITS = "/org/freedesktop/systemd1/unit"
 SYSTEMD_SECONDS = 60
 ON_ITS_WAY_SECONDS = 2
 """How long a unit is waited for that is being started or stopped: systemd starts one anew after 0.1 s."""
@@ -48,6 +48,8 @@ VEHICLE = "/usr/lib/lsmlab/vehicle"
 """Where the program of a command run as a service is copied to; an audit rule of the image watches it."""
 MOST_OUTPUT = 16 << 20
 """Bytes of output, and of errors, that are carried; who writes more is killed."""
+MOST_HEAD = 1 << 16
+"""Bytes of an HTTP answer's head."""
 IDLE_THREADS = 2
 """How many threads wait for questions to come."""
 REST_SECONDS = 0.03
@@ -111,27 +113,44 @@ def mode() -> dict[str, Any]:
     return {"lsm": lsm, "selinux_enforcing": enforcing, "profiles": profiles, "apparmor_mode": whole}
 
 
-def _audit(kind: int, data: bytes = b"") -> bytes:
-    """One message to the kernel's audit subsystem, and its answer: include/uapi/linux/audit.h."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_AUDIT) as link:
-        link.settimeout(20)
-        flags = NLM_F_REQUEST | (NLM_F_ACK if kind == AUDIT_USER else 0)
-        link.send(struct.pack("=IHHII", 16 + len(data), kind, flags, 1, 0) + data)
-        answer = link.recv(1 << 16)
-    found = struct.unpack_from("=H", answer, 4)[0]
-    if found == NLMSG_ERROR:
-        code = -struct.unpack_from("=i", answer, 16)[0]
-        if code:
-            raise Refused(f"the kernel's audit subsystem: {os.strerror(code)}")
-    elif found != kind:
-        raise Refused(f"the kernel's audit subsystem answers with message type {found}")
-    return answer[16:]
+class _Audit:
+    """The kernel's audit subsystem: include/uapi/linux/audit.h. Its socket stays open: to make and to close one takes
+    longer than to ask."""
+
+    def __init__(self) -> None:
+        self._in_use = threading.Lock()
+        self._link: socket.socket | None = None
+        self._number = 0
+
+    def ask(self, kind: int, data: bytes = b"") -> bytes:
+        """One message, and the body of its answer. Raises Refused and OSError."""
+        with self._in_use:
+            if self._link is None:
+                self._link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_AUDIT)
+                self._link.settimeout(20)
+            self._number += 1
+            flags = NLM_F_REQUEST | (NLM_F_ACK if kind == AUDIT_USER else 0)
+            self._link.send(struct.pack("=IHHII", 16 + len(data), kind, flags, self._number, 0) + data)
+            number = 0
+            while number != self._number:  # another one answers what was asked before, and came too late
+                answer = self._link.recv(1 << 16)
+                found, _, number = struct.unpack_from("=HHI", answer, 4)
+        if found == NLMSG_ERROR:
+            code = -struct.unpack_from("=i", answer, 16)[0]
+            if code:
+                raise Refused(f"the kernel's audit subsystem: {os.strerror(code)}")
+        elif found != kind:
+            raise Refused(f"the kernel's audit subsystem answers with message type {found}")
+        return answer[16:]
+
+
+_audit = _Audit()
 
 
 def audit_state() -> dict[str, Any]:
     """struct audit_status, and the log's identity and size."""
     names = ("mask", "enabled", "failure", "pid", "rate_limit", "backlog_limit", "lost", "backlog")
-    status = dict(zip(names, struct.unpack_from("=8I", _audit(AUDIT_GET))))
+    status = dict(zip(names, struct.unpack_from("=8I", _audit.ask(AUDIT_GET))))
     try:
         log = os.stat(LOG)
     except OSError as error:
@@ -148,7 +167,7 @@ def audit_state() -> dict[str, Any]:
 
 def sentinel(word: str) -> None:
     """Send `word` through the audit queue: a record of type USER."""
-    _audit(AUDIT_USER, word.encode() + b"\0")
+    _audit.ask(AUDIT_USER, word.encode() + b"\0")
 
 
 class _Watch:
@@ -233,8 +252,14 @@ def pids(unit: str) -> list[int]:
     for folder in folders:
         found += [int(pid) for pid in text_if_any(f"{folder}/cgroup.procs").split()]
         with contextlib.suppress(FileNotFoundError):
-            folders += [entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+            if os.stat(folder).st_nlink != 2:  # 2: no folder in it (fs/kernfs/inode.c), as in most groups
+                folders += [entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
     return found
+
+
+# D-Bus: https://dbus.freedesktop.org/doc/dbus-specification.html#message-protocol-messages
+CALL, RETURN, ERROR = 1, 2, 3
+PATH, INTERFACE, MEMBER, ERROR_NAME, REPLY_SERIAL, SIGNATURE = 1, 2, 3, 4, 5, 8
 
 
 def _packed(text: str, kind: str) -> bytes:
@@ -247,12 +272,13 @@ def _question(number: int, path: str, interface: str, name: str) -> bytes:
     """A call of org.freedesktop.DBus.Properties.Get, as message `number`."""
     head = b""
     for code, kind, text in (
-        (1, "o", path), (2, "s", "org.freedesktop.DBus.Properties"), (3, "s", "Get"), (8, "g", "ss"),
+        (PATH, "o", path), (INTERFACE, "s", "org.freedesktop.DBus.Properties"), (MEMBER, "s", "Get"),
+        (SIGNATURE, "g", "ss"),
     ):  # fmt: skip
         head += bytes(-len(head) % 8) + bytes((code, 1, ord(kind), 0)) + _packed(text, kind)
     body = _packed(interface, "s")
     body += bytes(-len(body) % 4) + _packed(name, "s")
-    start = struct.pack("<cBBBIII", b"l", 1, 0, 1, len(body), number, len(head))
+    start = struct.pack("<cBBBIII", b"l", CALL, 0, 1, len(body), number, len(head))
     return start + head + bytes(-len(head) % 8) + body
 
 
@@ -301,7 +327,6 @@ def _properties(unit: str, wanted: list[tuple[str, str]]) -> list[Any]:
     """What systemd says of a unit: the properties `wanted`, of which each is an interface and a name.
 
     Over its own socket, as `systemctl` asks: to start that takes longer than all else that is done around an attempt.
-    The protocol: https://dbus.freedesktop.org/doc/dbus-specification.html
     """
     name = "".join(c if c.isascii() and c.isalnum() and (n or c.isalpha()) else f"_{ord(c):02x}"
                    for n, c in enumerate(unit))  # fmt: skip
@@ -311,23 +336,23 @@ def _properties(unit: str, wanted: list[tuple[str, str]]) -> list[Any]:
         try:
             link.settimeout(SYSTEMD_SECONDS)
             link.connect(SYSTEMD)
-            asked = b"".join(
-                _question(
-                    number, f"/org/freedesktop/systemd1/unit/{name}", f"org.freedesktop.systemd1.{interface}", one
-                )
-                for number, (interface, one) in enumerate(wanted, 1)
-            )
-            link.sendall(b"\0AUTH EXTERNAL " + str(os.geteuid()).encode().hex().encode() + b"\r\nBEGIN\r\n" + asked)
-            said = stream.readline(1 << 10)
+            link.sendall(b"\0AUTH EXTERNAL " + str(os.geteuid()).encode().hex().encode() + b"\r\nBEGIN\r\n")
+            said = stream.readline(1 << 10)  # a short question that comes with this is left lying until another comes
             if not said.startswith(b"OK "):
                 raise Refused(f"systemd does not talk to the agent: {said!r}")
+            asked = (
+                _question(number, f"{UNITS}/{name}", f"org.freedesktop.systemd1.{interface}", one)
+                for number, (interface, one) in enumerate(wanted, 1)
+            )
+            link.sendall(b"".join(asked))
             while len(found) < len(wanted):
                 kind, fields, body = _message(stream)
-                number = fields.get(5)
-                if kind == 3:
-                    raise Refused(f"systemd, of {unit}: {fields.get(4)}: {_value(body, 0, 's')[0] if body else ''}")
-                if kind == 2 and isinstance(number, int):
-                    found[number] = _value(body, 0, "v")[0]
+                answered = fields.get(REPLY_SERIAL)
+                if kind == ERROR:
+                    words = _value(body, 0, "s")[0] if body else ""
+                    raise Refused(f"systemd, of {unit}: {fields.get(ERROR_NAME)}: {words}")
+                if kind == RETURN and isinstance(answered, int):
+                    found[answered] = _value(body, 0, "v")[0]
         except (TimeoutError, socket.timeout):  # noqa: UP041 - not the same before Python 3.10
             raise Refused(f"systemd does not answer within {SYSTEMD_SECONDS} s") from None
         except (ValueError, IndexError, struct.error) as error:
@@ -339,11 +364,10 @@ def _properties(unit: str, wanted: list[tuple[str, str]]) -> list[Any]:
 
 def service(unit: str) -> dict[str, Any]:
     """What systemd says of a unit."""
-    active, sub = [("Unit", "ActiveState"), ("Unit", "SubState")]
-    if not unit.endswith(".service"):  # a group of units, which has neither
-        return {**dict(zip(("active", "sub"), _properties(unit, [active, sub]))), "result": "success", "main_pid": 0}
-    found = _properties(unit, [active, sub, ("Service", "Result"), ("Service", "MainPID")])
-    return dict(zip(("active", "sub", "result", "main_pid"), found))
+    wanted = {"active": ("Unit", "ActiveState"), "sub": ("Unit", "SubState")}
+    if unit.endswith(".service"):  # a group of units has neither
+        wanted |= {"result": ("Service", "Result"), "main_pid": ("Service", "MainPID")}
+    return {"result": "success", "main_pid": 0, **dict(zip(wanted, _properties(unit, list(wanted.values()))))}
 
 
 def _label_of(process: str) -> str:
@@ -740,18 +764,63 @@ class _Deadline(socket.socket):
         return super().recv_into(*arguments)
 
 
-def _body(answer: http.client.HTTPResponse, body: bytearray) -> None:
-    """Read the answer's body into `body`, at most MOST_OUTPUT and a bit. Raises where it ends early."""
-    left = answer.length  # None: in chunks, or to the end
-    while left != 0 and len(body) <= MOST_OUTPUT:
-        chunk = answer.read1(1 << 16 if left is None else min(left, 1 << 16))
-        body += chunk
-        if left is not None:
-            left -= len(chunk)
-        if not chunk:
-            break
-    if left and len(body) <= MOST_OUTPUT:
-        raise http.client.HTTPException(f"the answer ended {left} bytes early")
+class _Answer:
+    """An HTTP answer, read by RFC 9112: what http.client does for it takes a tenth of an emulated guest's attempt."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._left = MOST_HEAD
+
+    def _line(self) -> bytes:
+        line: bytes = self._stream.readline(self._left)
+        self._left -= len(line)
+        if not line.endswith(b"\n"):
+            raise ValueError("the answer's head is too long" if self._left <= 0 else "the answer ended in its head")
+        return line.strip()
+
+    def head(self) -> tuple[int, dict[bytes, bytes]]:
+        """Its status, and its fields by their names in small letters. Raises ValueError and OSError."""
+        while True:
+            start = self._line()
+            version, status = (*start.split(b" "), b"", b"")[:2]
+            if not (version.startswith(b"HTTP/") and status.isdigit() and len(status) == 3):
+                raise ValueError(f"the answer begins with {start[:60]!r}; expected HTTP/1.1 and a status")
+            fields = {}
+            while line := self._line():
+                name, _, value = line.partition(b":")
+                fields[name.lower()] = value.strip()
+            if status != b"100":  # "go on", and the answer itself is to come
+                return int(status), fields
+
+    def body(self, fields: dict[bytes, bytes], into: bytearray) -> None:
+        """Read its body, at most MOST_OUTPUT and a bit. Raises ValueError where it ends early, and OSError."""
+        if fields.get(b"transfer-encoding", b"").lower() == b"chunked":
+            size = -1
+            while size and len(into) <= MOST_OUTPUT:
+                self._left = MOST_HEAD
+                size = int(self._line().partition(b";")[0], 16)
+                self._read(size, into)
+                while len(into) <= MOST_OUTPUT and (line := self._line()):
+                    if size:  # behind the last chunk there may be fields
+                        raise ValueError(f"a chunk of the answer goes on with {line[:60]!r}")
+        elif b"content-length" in fields:
+            self._read(int(fields[b"content-length"]), into)
+        else:
+            self._read(None, into)
+
+    def _read(self, left: int | None, into: bytearray) -> None:
+        """`left` bytes, or all there are."""
+        if left is not None and left < 0:
+            raise ValueError(f"a part of the answer has {left} bytes")
+        while left != 0 and len(into) <= MOST_OUTPUT:
+            chunk = self._stream.read1(1 << 16 if left is None else min(left, 1 << 16))
+            into += chunk
+            if left is not None:
+                left -= len(chunk)
+            if not chunk:
+                break
+        if left and len(into) <= MOST_OUTPUT:
+            raise ValueError(f"the answer ended {left} bytes early")
 
 
 def visit(method: str, port: int, path: str, timeout: float, body: str | None = None) -> dict[str, Any]:
@@ -770,13 +839,13 @@ def visit(method: str, port: int, path: str, timeout: float, body: str | None = 
             link.settimeout(timeout)
             link.connect(("127.0.0.1", port))
             link.sendall("\r\n".join(lines).encode() + sent)
-            answer = held.enter_context(contextlib.closing(http.client.HTTPResponse(link, method=method)))
-            answer.begin()
-            found["status"] = answer.status
-            _body(answer, received)
+            answer = _Answer(held.enter_context(link.makefile("rb")))
+            found["status"], fields = answer.head()
+            if method != "HEAD" and found["status"] not in {101, 204, 304}:
+                answer.body(fields, received)
         except (TimeoutError, socket.timeout):  # noqa: UP041 - not the same before Python 3.10
             found["timed_out"] = True
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, ValueError) as error:
             words = getattr(error, "strerror", None) or str(error) or type(error).__name__
             found["err"] = base64.b64encode(words.encode("utf-8", "backslashreplace")).decode()
     return {**found, "out": base64.b64encode(received[:MOST_OUTPUT]).decode(),
@@ -858,11 +927,14 @@ def facts(unit: str, object: str | None) -> dict[str, Any]:  # noqa: A002 - the 
 def open_window(unit: str, object: str | None, word: str, seconds: float) -> dict[str, Any]:  # noqa: A002
     """Let the service come to rest and the audit queue drain, and read the facts before the attempts to come."""
     resting = at_rest(unit)
-    before = audit_state()
+    try:
+        size = os.stat(LOG).st_size
+    except OSError as error:
+        raise Refused(f"{LOG}: {error.strerror}") from None
     found = facts(unit, object)
     # Records of what came before may still be in the queue: the window begins behind a sentinel that has come through
     sentinel(word)
-    drained = read_log(before["size"], word, seconds, 64 << 20)[1]
+    drained = read_log(size, word, seconds, 64 << 20)[1]
     return {**found, "resting": resting, "drained": drained, "audit": audit_state()}
 
 
