@@ -106,10 +106,11 @@ def ready(host: Host) -> Host:
 def test_makes_the_venv(host: Host) -> None:
     result = host.setup()
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
-    venv, pip = host.calls()
+    venv, pip, compiled = host.calls()
     assert venv == "python3 -m venv --clear .venv"
     assert "-m pip install" in pip
     assert pip.endswith("--editable .[dev]")
+    assert compiled == "python3 -m compileall -q harness/lsmlab"
     assert host.stamp.is_file()
     assert result.stderr.endswith("set-up: ready\n")
 
@@ -129,8 +130,9 @@ def test_a_changed_pyproject_runs_pip_alone(ready: Host) -> None:
     later = ready.stamp.stat().st_mtime + 10
     os.utime(ready.repo / "pyproject.toml", (later, later))
     assert ready.setup().returncode == 0
-    (pip,) = ready.calls()
+    pip, compiled = ready.calls()
     assert "-m pip install" in pip
+    assert "-m compileall" in compiled
 
 
 @pytest.mark.parametrize(
@@ -333,7 +335,7 @@ def test_what_is_needed_goes_before_what_tests_use(host: Host) -> None:
     host.stub("apt-get", _installs(host, "qemu-img", "vagrant"))
     assert host.setup("--tests").returncode == 0
     last_words = [call.split()[-1] for call in host.calls()]
-    assert last_words == ["update", "qemu-utils", ".venv", ".[dev]", "vagrant-libvirt"]
+    assert last_words == ["update", "qemu-utils", ".venv", ".[dev]", "harness/lsmlab", "vagrant-libvirt"]
 
 
 @pytest.mark.parametrize(
