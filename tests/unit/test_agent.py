@@ -1195,6 +1195,61 @@ def test_without_systemd_nothing_is_known_of_a_service(tmp_path: Path, monkeypat
         agent.service("nginx.service")
 
 
+JOB = "/org/freedesktop/systemd1/job/414"
+
+
+def accepted(job: str = JOB) -> bytes:
+    """systemd's answer to StartUnit, which names the job."""
+    return plain(2, b"\x05\x01u\x00\x01\x00\x00\x00\x08\x01g\x00\x01o\x00", text_of_bus(job))
+
+
+def removed(result: str, job: str = JOB) -> bytes:
+    """The signal that a job is over."""
+    body = struct.pack("<I", 414)
+    for text in (job, "nginx.service", result):
+        body += b"\0" * (-len(body) % 4) + text_of_bus(text)
+    head = b"\x01\x01o\x00" + text_of_bus("/org/freedesktop/systemd1")
+    head += b"\0" * (-len(head) % 8) + b"\x03\x01s\x00" + text_of_bus("JobRemoved")
+    return plain(4, head + b"\0" * (-len(head) % 8) + b"\x08\x01g\x00\x04uoss\x00", body)
+
+
+def text_of_bus(text: str) -> bytes:
+    return struct.pack("<I", len(text)) + text.encode() + b"\0"
+
+
+def plain(kind: int, head: bytes, body: bytes) -> bytes:
+    start = struct.pack("<cBBBIII", b"l", kind, 1, 1, len(body), 9, len(head))
+    return start + head + b"\0" * (-len(head) % 8) + body
+
+
+@pytest.mark.parametrize(
+    ("answers", "found"),
+    [
+        ((accepted(), removed("done")), ""),
+        ((removed("done"), accepted()), ""),  # a job that is done at once
+        ((accepted(), removed("skipped")), ""),  # a condition of the unit does not hold: systemctl's 0 as well
+        ((accepted(), removed("failed")), "systemd's job ended: failed"),
+        ((accepted(), removed("dependency")), "systemd's job ended: dependency"),
+        ((accepted(), removed("done", f"{JOB}5"), removed("timeout")), "systemd's job ended: timeout"),
+        ((removed("failed", "/another"), accepted(), reply(0, "x", kind=4), removed("done")), ""),
+        ((reply(1, "Unit x not found.", fault="a.NoSuchUnit"),), "a.NoSuchUnit: Unit x not found."),
+    ],
+)
+def test_a_unit_is_started(systemd: Systemd, answers: tuple[bytes, ...], found: str) -> None:
+    systemd.answer = lambda *_: b"".join(answers)
+    assert agent.start("nginx.service", 20) == found
+    _, question = systemd.asked
+    assert b"\x03\x01s\x00\x09\x00\x00\x00StartUnit\0" in question
+    assert question.endswith(b"\x0d\0\0\0nginx.service\0\0\0\x07\0\0\0replace\0")
+
+
+@pytest.mark.parametrize("answers", [b"", accepted(), removed("done"), accepted() + removed("done", "/another")])
+def test_a_start_that_does_not_end_is_none(systemd: Systemd, answers: bytes) -> None:
+    systemd.answer = lambda *_: answers
+    with pytest.raises(agent.Refused, match=r"systemd does not answer within 0\.3 s"):
+        agent.start("nginx.service", 0.3)
+
+
 def of(monkeypatch: pytest.MonkeyPatch, *pids: int) -> None:
     monkeypatch.setattr(agent, "pids", lambda _: list(pids))
 

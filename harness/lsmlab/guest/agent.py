@@ -40,7 +40,7 @@ APPARMOR_MODE = "/sys/module/apparmor/parameters/mode"
 LSM = "/sys/kernel/security/lsm"
 ENFORCE = "/sys/fs/selinux/enforce"
 SYSTEMD = "/run/systemd/private"
-UNITS = "/org/freedesktop/systemd1/unit"
+MANAGER, MANAGES = "/org/freedesktop/systemd1", "org.freedesktop.systemd1"
 SYSTEMD_SECONDS = 60
 ON_ITS_WAY_SECONDS = 2
 """How long a unit is waited for that is being started or stopped: systemd starts one anew after 0.1 s."""
@@ -258,7 +258,7 @@ def pids(unit: str) -> list[int]:
 
 
 # D-Bus: https://dbus.freedesktop.org/doc/dbus-specification.html#message-protocol-messages
-CALL, RETURN, ERROR = 1, 2, 3
+CALL, RETURN, ERROR, SIGNAL = 1, 2, 3, 4
 PATH, INTERFACE, MEMBER, ERROR_NAME, REPLY_SERIAL, SIGNATURE = 1, 2, 3, 4, 5, 8
 
 
@@ -268,16 +268,15 @@ def _packed(text: str, kind: str) -> bytes:
     return struct.pack("<B" if kind == "g" else "<I", len(raw)) + raw + b"\0"
 
 
-def _question(number: int, path: str, interface: str, name: str) -> bytes:
-    """A call of org.freedesktop.DBus.Properties.Get, as message `number`."""
-    head = b""
+def _method_call(number: int, path: str, interface: str, member: str, *texts: str) -> bytes:
+    """The call of a method, as message `number`; its arguments are texts."""
+    head, body = b"", b""
     for code, kind, text in (
-        (PATH, "o", path), (INTERFACE, "s", "org.freedesktop.DBus.Properties"), (MEMBER, "s", "Get"),
-        (SIGNATURE, "g", "ss"),
+        (PATH, "o", path), (INTERFACE, "s", interface), (MEMBER, "s", member), (SIGNATURE, "g", "s" * len(texts)),
     ):  # fmt: skip
         head += bytes(-len(head) % 8) + bytes((code, 1, ord(kind), 0)) + _packed(text, kind)
-    body = _packed(interface, "s")
-    body += bytes(-len(body) % 4) + _packed(name, "s")
+    for text in texts:
+        body += bytes(-len(body) % 4) + _packed(text, "s")
     start = struct.pack("<cBBBIII", b"l", CALL, 0, 1, len(body), number, len(head))
     return start + head + bytes(-len(head) % 8) + body
 
@@ -302,8 +301,8 @@ def _value(data: bytes, at: int, kind: str) -> tuple[Any, int]:
     return data[at + 4 : end].decode(), end + 1
 
 
-def _message(stream: Any) -> tuple[int, dict[int, Any], bytes]:
-    """The next message of D-Bus in a stream: its type, its header's fields, its body."""
+def _message(stream: Any) -> tuple[int, bytes, bytes]:
+    """The next message of D-Bus in a stream: its type, its header, its body."""
 
     def exactly(size: int) -> bytes:
         data: bytes = stream.read(size)
@@ -315,51 +314,83 @@ def _message(stream: Any) -> tuple[int, dict[int, Any], bytes]:
     order, kind, _, _, size, _, length = struct.unpack("<cBBBIII", start)
     if order != b"l" or max(size, length) > MOST_OUTPUT:
         raise Refused(f"systemd answers {start!r}; expected a message of D-Bus")
-    data = start + exactly(length + -length % 8)
+    return kind, start + exactly(length + -length % 8)[:length], exactly(size)
+
+
+def _fields(head: bytes) -> dict[int, Any]:
+    """The fields of a message's header. Raises as `_value`."""
     fields, at = {}, 16
-    while at < 16 + length:
-        code, at = _value(data, at + -at % 8, "y")
-        fields[code], at = _value(data, at, "v")
-    return kind, fields, exactly(size)
+    while at < len(head):
+        code, at = _value(head, at + -at % 8, "y")
+        fields[code], at = _value(head, at, "v")
+    return fields
 
 
-def _properties(unit: str, wanted: list[tuple[str, str]]) -> list[Any]:
-    """What systemd says of a unit: the properties `wanted`, of which each is an interface and a name.
+def _error(head: bytes, body: bytes) -> str:
+    return f"{_fields(head).get(ERROR_NAME)}: {_value(body, 0, 's')[0] if body else ''}"
 
-    Over its own socket, as `systemctl` asks: to start that takes longer than all else that is done around an attempt.
+
+@contextlib.contextmanager
+def _systemd(seconds: float) -> Iterator[tuple[socket.socket, Any]]:
+    """A conversation with systemd, of at most `seconds`: what is sent to, and what is read from. Raises Refused.
+
+    Over its own socket, as `systemctl` has one: to start that takes longer than all else that is done around an
+    attempt.
     """
-    name = "".join(c if c.isascii() and c.isalnum() and (n or c.isalpha()) else f"_{ord(c):02x}"
-                   for n, c in enumerate(unit))  # fmt: skip
-    found: dict[int, Any] = {}
     with _Deadline(socket.AF_UNIX, socket.SOCK_STREAM) as link, link.makefile("rb") as stream:
-        link.moment = time.monotonic() + SYSTEMD_SECONDS
+        link.moment = time.monotonic() + seconds
         try:
-            link.settimeout(SYSTEMD_SECONDS)
+            link.settimeout(seconds)
             link.connect(SYSTEMD)
             link.sendall(b"\0AUTH EXTERNAL " + str(os.geteuid()).encode().hex().encode() + b"\r\nBEGIN\r\n")
             said = stream.readline(1 << 10)  # a short question that comes with this is left lying until another comes
             if not said.startswith(b"OK "):
                 raise Refused(f"systemd does not talk to the agent: {said!r}")
-            asked = (
-                _question(number, f"{UNITS}/{name}", f"org.freedesktop.systemd1.{interface}", one)
-                for number, (interface, one) in enumerate(wanted, 1)
-            )
-            link.sendall(b"".join(asked))
-            while len(found) < len(wanted):
-                kind, fields, body = _message(stream)
-                answered = fields.get(REPLY_SERIAL)
-                if kind == ERROR:
-                    words = _value(body, 0, "s")[0] if body else ""
-                    raise Refused(f"systemd, of {unit}: {fields.get(ERROR_NAME)}: {words}")
-                if kind == RETURN and isinstance(answered, int):
-                    found[answered] = _value(body, 0, "v")[0]
+            yield link, stream
         except (TimeoutError, socket.timeout):  # noqa: UP041 - not the same before Python 3.10
-            raise Refused(f"systemd does not answer within {SYSTEMD_SECONDS} s") from None
+            raise Refused(f"systemd does not answer within {seconds} s") from None
         except (ValueError, IndexError, struct.error) as error:
             raise Refused(f"systemd answers nonsense: {error}") from None
         except OSError as error:
             raise Refused(f"{SYSTEMD}: {error.strerror or error}") from None
+
+
+def _properties(unit: str, wanted: list[tuple[str, str]]) -> list[Any]:
+    """What systemd says of a unit: the properties `wanted`, of which each is an interface and a name."""
+    name = "".join(c if c.isascii() and c.isalnum() and (n or c.isalpha()) else f"_{ord(c):02x}"
+                   for n, c in enumerate(unit))  # fmt: skip
+    properties = "org.freedesktop.DBus.Properties"
+    found: dict[int, Any] = {}
+    with _systemd(SYSTEMD_SECONDS) as (link, stream):
+        asked = (
+            _method_call(number, f"{MANAGER}/unit/{name}", properties, "Get", f"{MANAGES}.{interface}", one)
+            for number, (interface, one) in enumerate(wanted, 1)
+        )
+        link.sendall(b"".join(asked))
+        while len(found) < len(wanted):
+            kind, head, body = _message(stream)
+            if kind == ERROR:
+                raise Refused(f"systemd, of {unit}: {_error(head, body)}")
+            if kind == RETURN and isinstance(number := _fields(head).get(REPLY_SERIAL), int):
+                found[number] = _value(body, 0, "v")[0]
     return [found[number] for number in range(1, len(wanted) + 1)]
+
+
+def start(unit: str, seconds: float) -> str:
+    """Start a unit and wait until that is done, as `systemctl start` does. Empty where it was, or else why not."""
+    job, results = None, {}
+    with _systemd(seconds) as (link, stream):
+        link.sendall(_method_call(1, MANAGER, f"{MANAGES}.Manager", "StartUnit", unit, "replace"))
+        while job not in results:
+            kind, head, body = _message(stream)
+            if kind == ERROR:
+                return _error(head, body)
+            if kind == RETURN:
+                job = _value(body, 0, "o")[0]
+            elif kind == SIGNAL and b"\0JobRemoved\0" in head:  # its number, the job, its unit, its result
+                ended, at = _value(body, 4, "o")
+                results[ended] = _value(body, _value(body, at, "s")[1], "s")[0]
+    return "" if results[job] in {"done", "skipped"} else f"systemd's job ended: {results[job]}"
 
 
 def service(unit: str) -> dict[str, Any]:
@@ -1034,7 +1065,7 @@ def relabel(paths: list[str]) -> None:
 OPERATIONS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
-        ping, offer, run, visit, write, relabel, clock, pids, audit_state, mode, open_window, close_window,
+        ping, offer, run, visit, write, relabel, clock, pids, start, audit_state, mode, open_window, close_window,
         plant, attempt, exchange,
     )
 }  # fmt: skip
