@@ -235,7 +235,7 @@ class FreshGuest:
                 "-netdev", f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{self._port}-:22",
                 "-device", "virtio-net-pci,netdev=net,romfile=",
                 "-kernel", str(bench.image.kernel), "-initrd", str(bench.image.initrd),
-                "-append", states.command_line(bench.lab, bench.image, kernel, "kvm"),  # as on any machine
+                "-append", states.command_line(bench.lab, bench.image, kernel, "kvm"),  # none for emulation's sake
             ]),
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip

@@ -232,11 +232,17 @@ def is_running(channel: Channel, unit: str) -> bool:
 def _start(channel: Channel, unit: str) -> tuple[bool, tuple[Denial, ...]]:
     """Start the service in the mode under test; where it does not start, the effective denials meanwhile."""
     before = facts.read(facts.AuditState, channel.ask("audit_state"))
-    if channel.ask("start", within=STEP_SECONDS + 10, unit=unit, seconds=STEP_SECONDS) == "":
+    why = channel.ask("start_unit", within=STEP_SECONDS + 10, unit=unit, seconds=STEP_SECONDS)
+    if not isinstance(why, str):
+        raise ChannelError(f"the agent answered nonsense: {str(why)[:200]} for the start of {unit}")
+    if not why:
         return True, ()
     source, log = attempt.close_window(channel, unit, before)
     if source.state is SourceState.UNAVAILABLE:
-        raise ChannelError(f"{unit} does not start, and why is not known: {source.name} unavailable: {source.detail}")
+        raise ChannelError(
+            f"{unit} does not start ({why[:200]}), and what it was denied is not known: {source.name} unavailable: "
+            f"{source.detail}"
+        )
     return False, tuple(d for d in evidence.denials(evidence.parse(log)) if d.effective)
 
 

@@ -717,6 +717,20 @@ def test_a_log_that_is_not_there_is_told(log: Path) -> None:
 # Auditing
 
 
+class Link:
+    """An audit socket: who sent a message stands in its header, where the kernel writes 0."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link = link
+
+    def recvfrom(self, size: int) -> tuple[bytes, tuple[int, int]]:
+        data = self._link.recv(size)
+        return data, (struct.unpack_from("=I", data, 12)[0] if len(data) >= 16 else 0, 0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._link, name)
+
+
 class Kernel:
     """The kernel's end of an audit socket: `answer` to each message, which is kept."""
 
@@ -728,25 +742,24 @@ class Kernel:
         names = types.SimpleNamespace(socket=self._open, AF_NETLINK=socket.AF_NETLINK, SOCK_RAW=socket.SOCK_RAW)
         monkeypatch.setattr(agent, "socket", names)
 
-    def _open(self, *kind: int) -> socket.socket:
+    def _open(self, *kind: int) -> Link:
         assert kind == (socket.AF_NETLINK, socket.SOCK_RAW, 9)
         self.opened += 1
-        ours, theirs = socket.socketpair(type=socket.SOCK_DGRAM)
+        ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
         threading.Thread(target=self._serve, args=(theirs,), daemon=True).start()
-        return ours
+        return Link(ours)
 
     def _serve(self, end: socket.socket) -> None:
         with end:
-            while True:
-                data = end.recv(1 << 16)
+            while data := end.recv(1 << 16):
                 self.asked.append((*struct.unpack_from("=IHHII", data), data[16:]))
                 for answer in self._answers:  # 0: to what was just asked
                     number = struct.unpack_from("=I", answer, 8)[0] or self.asked[-1][3]
                     end.send(answer[:8] + struct.pack("=I", number) + answer[12:])
 
 
-def netlink(kind: int, body: bytes, number: int = 0) -> bytes:
-    return struct.pack("=IHHII", 16 + len(body), kind, 0, number, 0) + body
+def netlink(kind: int, body: bytes, number: int = 0, sender: int = 0) -> bytes:
+    return struct.pack("=IHHII", 16 + len(body), kind, 0, number, sender) + body
 
 
 def test_the_state_of_auditing(monkeypatch: pytest.MonkeyPatch, log: Path) -> None:
@@ -765,12 +778,51 @@ def test_the_state_of_auditing(monkeypatch: pytest.MonkeyPatch, log: Path) -> No
 def test_auditing_is_asked_over_one_socket_and_an_answer_to_another_question_is_none(
     monkeypatch: pytest.MonkeyPatch, log: Path
 ) -> None:
-    status = [struct.pack("=8I", 1, 1, 1, 344, 0, 16384, lost, 0) for lost in (4, 5)]
-    kernel = Kernel(monkeypatch, netlink(1000, status[0], 77), netlink(1000, status[1]))
+    status = [struct.pack("=8I", 1, 1, 1, 344, 0, 16384, lost, 0) for lost in (3, 4, 5)]
+    kernel = Kernel(
+        monkeypatch,
+        netlink(1000, status[0], sender=4242),  # of a process: any of root's may write to the agent's socket
+        netlink(1000, status[1], 77),
+        b"short, and none\0",
+        netlink(1000, status[2]),
+    )
     before = descriptors()
     assert [agent.audit_state()["lost"] for _ in range(20)] == [5] * 20
     assert [asked[3] for asked in kernel.asked] == list(range(1, 21))
     assert (kernel.opened, len(descriptors() - before)) == (1, 2)  # and the kernel's end
+
+
+def test_auditing_that_does_not_answer_is_told_in_time_and_asked_anew(
+    monkeypatch: pytest.MonkeyPatch, log: Path
+) -> None:
+    monkeypatch.setattr(agent, "AUDIT_SECONDS", 0.3)
+    kernel = Kernel(monkeypatch, *[netlink(1000, b"x" * 40, number) for number in (901, 902, 903)])
+    before = descriptors()
+    start = time.monotonic()
+    for _ in range(2):
+        with pytest.raises(OSError, match="timed out"):
+            agent.audit_state()
+    assert 0.6 <= time.monotonic() - start < 5
+    assert kernel.opened == 2, "what was left in the first socket is gone with it"
+    wait_until(lambda: descriptors() <= before)
+
+
+def test_auditing_is_asked_by_one_at_a_time(monkeypatch: pytest.MonkeyPatch, log: Path) -> None:
+    Kernel(monkeypatch, netlink(1000, struct.pack("=8I", 1, 1, 1, 344, 0, 16384, 0, 0)))
+    found: list[int] = []
+
+    def ask() -> None:
+        found.extend(agent.audit_state()["daemon_pid"] for _ in range(50))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert found == [344] * 200
+    monkeypatch.setattr(agent, "AUDIT_SECONDS", 0.1)
+    with agent._audit._in_use, pytest.raises(agent.Refused, match=r"not answered another question for 0\.1 s"):
+        agent.audit_state()
 
 
 def test_the_sentinel_is_a_record_that_the_kernel_confirms(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1237,7 +1289,7 @@ def plain(kind: int, head: bytes, body: bytes) -> bytes:
 )
 def test_a_unit_is_started(systemd: Systemd, answers: tuple[bytes, ...], found: str) -> None:
     systemd.answer = lambda *_: b"".join(answers)
-    assert agent.start("nginx.service", 20) == found
+    assert agent.start_unit("nginx.service", 20) == found
     _, question = systemd.asked
     assert b"\x03\x01s\x00\x09\x00\x00\x00StartUnit\0" in question
     assert question.endswith(b"\x0d\0\0\0nginx.service\0\0\0\x07\0\0\0replace\0")
@@ -1246,8 +1298,8 @@ def test_a_unit_is_started(systemd: Systemd, answers: tuple[bytes, ...], found: 
 @pytest.mark.parametrize("answers", [b"", accepted(), removed("done"), accepted() + removed("done", "/another")])
 def test_a_start_that_does_not_end_is_none(systemd: Systemd, answers: bytes) -> None:
     systemd.answer = lambda *_: answers
-    with pytest.raises(agent.Refused, match=r"systemd does not answer within 0\.3 s"):
-        agent.start("nginx.service", 0.3)
+    with pytest.raises(agent.Refused, match=r"nginx\.service is not started within 0\.3 s"):
+        agent.start_unit("nginx.service", 0.3)
 
 
 def of(monkeypatch: pytest.MonkeyPatch, *pids: int) -> None:
@@ -1388,6 +1440,22 @@ def test_a_visit_carries_a_body(serving: Serving) -> None:
     assert b"\r\nContent-Length: 5\r\n" in server.requests[0]
 
 
+@pytest.mark.parametrize(
+    ("head", "out"),
+    [
+        # A length that is none: all that comes is the body, or a canary in it would not be seen
+        *((f"Content-Length: {length}\r\n", "canary")
+          for length in ("many", "2, 2", "", "-1", "+2", "1_0", "2\0", "9" * 5000)),
+        ("Content-Length: 3\r\nContent-Length: 1\r\n", "can"),
+        ("A: b\r\n Content-Length: 3\r\n", "canary"),
+        ("no colon\r\nCONTENT-LENGTH:3\r\n", "can"),
+    ],
+)  # fmt: skip
+def test_a_strange_length_hides_nothing(serving: Serving, head: str, out: str) -> None:
+    done = agent.visit("GET", serving(f"HTTP/1.1  403 Forbidden\r\n{head}\r\ncanary".encode()).port, "/", 20)
+    assert (done["status"], text(done), done["err"]) == (403, out, "")
+
+
 def test_a_visit_uses_the_method_and_follows_nothing(serving: Serving) -> None:
     server = serving(ok(b"moved", status="302 Found", more="Location: /elsewhere\r\n"))
     done = agent.visit("DELETE", server.port, "/x", 20)
@@ -1406,6 +1474,12 @@ def test_a_body_in_chunks_or_to_the_end_or_none(serving: Serving) -> None:
     assert (done["status"], done["out"], done["err"]) == (204, "", "")
     many = b"HTTP/1.1 200 OK\n" + b"A: b\n" * 500 + b"CONTENT-length:4\n\nmanyx"
     assert text(agent.visit("GET", serving(many).port, "/", 20)) == "many"
+    cut = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n"
+    done = agent.visit("GET", serving(cut).port, "/", 20)
+    assert (text(done), done["err"]) == ("abc", "")
+    hint = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + ok(b"then", status="403 Forbidden")
+    done = agent.visit("GET", serving(hint).port, "/", 20)
+    assert (done["status"], text(done)) == (403, "then")
     continued = b"HTTP/1.1 100 Continue\r\n\r\n" + ok(b"then")
     assert text(agent.visit("GET", serving(continued).port, "/", 20)) == "then"
 
@@ -1494,32 +1568,18 @@ def test_an_endless_body_is_too_much(serving: Serving, monkeypatch: pytest.Monke
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabc", 200, "abc"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabcde\r\n0\r\n\r\n", 200, "abc"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", 200, "abc"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-3\r\nabc", 200, ""),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: -3\r\n\r\nabc", 200, ""),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nabc", 200, ""),
+        *((b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + size + b"\r\nabc", 200, "")
+          for size in (b"-3", b"+3", b"0x3", b"1_0", b"", b"3" * 60_000)),
         (b"HTTP/1.1 100 Continue\r\n\r\n", None, ""),
+        (b"HTTP/1.1 102 Processing\r\n\r\n" * 10_000, None, ""),
         (b"HTTP/1.1 200 OK\r\nA: b", None, ""),
+        (b"HTTP/1.1 000 x\r\n\r\n", None, ""),
+        (b"HTTP/9 200 OK\r\n\r\n", None, ""),
     ],
-    ids=[
-        "nothing",
-        "ssh",
-        "binary",
-        "status",
-        "line",
-        "headers",
-        "header",
-        "short",
-        "chunk",
-        "cut-chunk",
-        "long-chunk",
-        "no-last-chunk",
-        "negative-chunk",
-        "negative",
-        "no-number",
-        "go-on",
-        "cut-head",
-    ],
-)
+    ids=["nothing", "ssh", "binary", "status", "line", "headers", "header", "short", "chunk", "cut-chunk", "long-chunk",
+         "no-last-chunk", "negative", "plus", "prefix", "underscore", "no-size", "long-size", "go-on", "endless",
+         "cut-head", "zero", "version"],
+)  # fmt: skip
 def test_what_is_no_http_is_told(serving: Serving, answer: bytes, status: int | None, out: str) -> None:
     server = serving(answer)
     before = descriptors()

@@ -105,7 +105,7 @@ class Nginx:
         questions: dict[str, Any] = {
             "clock": None,
             "relabel": None,
-            "start": lambda **_: self._now(running=True) and "",
+            "start_unit": lambda **_: self._now(running=True) and "",
             "pids": lambda **_: [481, 482] if self.state["running"] else [],
             "audit_state": audit_state(),
             "mode": self._mode,
@@ -359,7 +359,7 @@ def test_the_arms_of_a_kernel_share_a_guest_and_its_set_up(bench_of: BenchOf) ->
     tried = ["ask open_window", "snapshot ready", "ask attempt", "restore ready", "ask attempt"]
     steps = ["usermod --append --groups shadow www-data", "write /srv/www/logo.svg", "write /srv/www/other.svg"]
     set_up = [*into_arm, "ask pids", *steps, "ask relabel", "ask pids", "systemctl stop nginx.service"]
-    start = ["ask audit_state", "ask start"]
+    start = ["ask audit_state", "ask start_unit"]
     mode, settled = ["write /sys/fs/selinux/enforce", "ask mode"], "write /sys/fs/selinux/commit_pending_bools"
     enforcing, permissive = [*into_arm, *mode, *start, settled, *tried], [*into_arm, *mode, settled, *tried]
     assert guests.lines(Kernel.NONE) == [[*set_up, *into_arm, *start, *tried]]
@@ -368,8 +368,8 @@ def test_the_arms_of_a_kernel_share_a_guest_and_its_set_up(bench_of: BenchOf) ->
     assert len([line for line in in_apparmor if line in steps]) == len(steps)
     loads = [line for line in in_apparmor if line.startswith("apparmor_parser --replace")]
     assert [("--Complain" in line) for line in loads] == [False, True]
-    assert in_apparmor.count("ask start") == 1
-    assert in_apparmor.index("ask start") < in_apparmor.index(loads[1])
+    assert in_apparmor.count("ask start_unit") == 1
+    assert in_apparmor.index("ask start_unit") < in_apparmor.index(loads[1])
 
 
 def test_a_logging_arm_goes_on_with_the_processes_of_the_enforcing_one(bench_of: BenchOf) -> None:
@@ -385,7 +385,7 @@ def test_a_weaker_control_and_the_enforcing_arm_have_a_start_each_in_one_guest(b
     (machine,) = guests.by_kernel[Kernel.APPARMOR]
     turns = [f"snapshot {READY}", f"restore {READY}"]
     assert machine.turns == [f"snapshot {SET_UP}", *turns, f"restore {SET_UP}", *turns]
-    assert machine.channel.lines.count("ask start") == 2
+    assert machine.channel.lines.count("ask start_unit") == 2
 
 
 @pytest.mark.parametrize("lacking", ["read-shadow", "front-page"])
@@ -393,7 +393,7 @@ def test_a_logging_arm_that_lacks_something_starts_the_service_itself(bench_of: 
     """In the enforcing mode the service may have been denied at its start what an attempt needs."""
 
     def trouble(nginx: Nginx, line: str, detail: Any) -> Any:
-        if line == "ask start":
+        if line == "ask start_unit":
             nginx.state["denied"] = nginx.state["enforcing"]
         if line != "ask attempt" or nginx.state["enforcing"] or not nginx.state["denied"]:
             return None
@@ -412,7 +412,7 @@ def test_a_logging_arm_that_lacks_something_starts_the_service_itself(bench_of: 
     before = {a.attempt: a.result for a in permissive.switched}
     assert before == {"read-shadow": Result.ALLOWED, "front-page": Result.ALLOWED, lacking: Result.UNCLEAR}
     first, second = guests.lines()
-    assert first.count("ask start") == second.count("ask start") == 1
+    assert first.count("ask start_unit") == second.count("ask start_unit") == 1
     assert "ask relabel" in second, "it has a set-up of its own"
     assert [arm.started_in for arm in other.arms] == [None, Arm.APPARMOR_ENFORCE, None]
 
@@ -431,7 +431,7 @@ def test_what_a_logging_arm_lacks_with_a_start_of_its_own_is_in_its_record(bench
 
 def test_a_logging_arm_whose_own_guest_breaks_is_an_error(bench_of: BenchOf) -> None:
     def trouble(nginx: Nginx, line: str, detail: Any) -> Any:
-        if line == "ask start" and not nginx.state["enforcing"]:
+        if line == "ask start_unit" and not nginx.state["enforcing"]:
             raise ChannelError("fell silent")
         return at("ask attempt", lacks, PERMISSIVE)(nginx, line, detail)
 
@@ -854,7 +854,9 @@ def test_an_attempt_that_is_answered_with_nonsense_is_no_block(bench_of: BenchOf
 # A guest that dies
 
 
-@pytest.mark.parametrize("pattern", ["write /sys/fs/selinux/enforce", "ask start", "ask open_window", "ask attempt"])
+@pytest.mark.parametrize(
+    "pattern", ["write /sys/fs/selinux/enforce", "ask start_unit", "ask open_window", "ask attempt"]
+)
 def test_a_guest_that_dies_in_its_first_arm_is_replaced_for_the_other(bench_of: BenchOf, pattern: str) -> None:
     guests = Guests(dies(pattern, ENFORCING), which=0)
     bench = bench_of(guests)
@@ -958,7 +960,7 @@ def test_what_was_proved_stays_where_a_guest_does_not_end_well(
 
 
 def test_a_service_that_does_not_start_is_in_the_record(bench_of: BenchOf) -> None:
-    failed = at("ask start", NOT_STARTED, ENFORCING)
+    failed = at("ask start_unit", NOT_STARTED, ENFORCING)
     selinux, _ = outcomes(bench_of(Guests(failed)), [flagship()])
     record = selinux.arm(ENFORCING)
     assert record is not None
@@ -982,7 +984,7 @@ def test_a_service_that_is_denied_its_start(bench_of: BenchOf) -> None:
             syscall(success="yes", serial=152),
         )
     )
-    failed = at("ask start", lambda nginx, _: refuse_start(nginx, other + START_DENIAL), ENFORCING)
+    failed = at("ask start_unit", lambda nginx, _: refuse_start(nginx, other + START_DENIAL), ENFORCING)
     selinux, _ = outcomes(bench_of(Guests(failed)), [flagship()])
     record = selinux.arm(ENFORCING)
     assert record is not None
@@ -995,7 +997,7 @@ def test_a_service_that_is_denied_its_start(bench_of: BenchOf) -> None:
 
 
 def test_the_window_of_a_start_begins_before_it(bench_of: BenchOf) -> None:
-    guests = Guests(at("ask start", NOT_STARTED))
+    guests = Guests(at("ask start_unit", NOT_STARTED))
     outcomes(bench_of(guests), [flagship()])
     assert len(guests.selinux) == 2, "a service that did not start is no start for another arm"
     for machine in guests.selinux:
@@ -1007,7 +1009,7 @@ def test_the_window_of_a_start_begins_before_it(bench_of: BenchOf) -> None:
 
 def test_why_a_service_does_not_start_has_to_be_known(bench_of: BenchOf) -> None:
     def trouble(nginx: Nginx, line: str, _: Any) -> Any:
-        if line == "ask start":
+        if line == "ask start_unit":
             return NOT_STARTED
         if line == "ask close_window":
             return {**nginx._close_window("word"), "audit": audit_state(lost=7)}
@@ -1016,7 +1018,8 @@ def test_why_a_service_does_not_start_has_to_be_known(bench_of: BenchOf) -> None
     selinux, _ = outcomes(bench_of(Guests(trouble)), [flagship()])
     for arm in (PERMISSIVE, ENFORCING):
         assert error_of(selinux, arm) == (
-            "nginx.service does not start, and why is not known: audit log unavailable: "
+            "nginx.service does not start (systemd's job ended: failed), and what it was denied is not known: "
+            "audit log unavailable: "
             "7 records were lost by the kernel"
         )
     assert selinux.verdict is Verdict.ERROR
@@ -1046,7 +1049,7 @@ def test_a_service_that_did_not_run_is_started(bench_of: BenchOf) -> None:
     assert selinux.verdict is Verdict.CONTAINED, selinux.reason
     (lines,) = guests.lines()
     assert "systemctl stop nginx.service" not in lines
-    assert lines.count("ask start") == 1
+    assert lines.count("ask start_unit") == 1
 
 
 def test_steps_after_the_start_are_done_in_each_arm(bench_of: BenchOf) -> None:
@@ -1057,7 +1060,7 @@ def test_steps_after_the_start_are_done_in_each_arm(bench_of: BenchOf) -> None:
     assert len(where) == 2
     for n in where:
         assert lines[n - 1 : n + 2] == [
-            "ask start", "usermod late", "write /sys/fs/selinux/commit_pending_bools",
+            "ask start_unit", "usermod late", "write /sys/fs/selinux/commit_pending_bools",
         ]  # fmt: skip
 
 

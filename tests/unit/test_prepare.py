@@ -333,7 +333,7 @@ def test_every_arm_has_a_driver_that_loads_enters_and_settles(arm: Arm) -> None:
 def bringing(**asked: Any) -> ScriptedChannel:
     questions = {
         "clock": None, "relabel": None, "pids": [481], "audit_state": audit_state(), "mode": in_mode(PERMISSIVE),
-        "start": "",
+        "start_unit": "",
     }  # fmt: skip
     return ScriptedChannel([(r"systemctl |touch ", said())], {**questions, **asked})
 
@@ -351,7 +351,7 @@ def test_a_guest_is_brought_into_an_arm() -> None:
         "ask clock", "write /run/lsmlab-arm", "ask pids", "write /srv/a", "ask relabel", "ask pids",
         "systemctl stop nginx.service",
         "ask clock", "write /run/lsmlab-arm", "write /sys/fs/selinux/enforce", "ask mode", "ask audit_state",
-        "ask start", "touch late", "write /sys/fs/selinux/commit_pending_bools",
+        "ask start_unit", "touch late", "write /sys/fs/selinux/commit_pending_bools",
     ]  # fmt: skip
 
 
@@ -375,10 +375,10 @@ def test_a_guest_is_brought_into_an_arm_from_the_one_that_the_service_is_started
     found = prepare.bring_into(channel, PERMISSIVE, PLAN, IMAGE, started_in=ENFORCING)
     assert found.service_active
     lines = channel.lines
-    assert lines.count("ask start") == lines.count("touch late") == 1
+    assert lines.count("ask start_unit") == lines.count("touch late") == 1
     mode = [n for n, line in enumerate(lines) if line == "write /sys/fs/selinux/enforce"]
     assert len(mode) == 2
-    assert mode[0] < lines.index("ask start") < lines.index("touch late") < mode[1]
+    assert mode[0] < lines.index("ask start_unit") < lines.index("touch late") < mode[1]
     assert lines.index("touch late") < lines.index("ask open_window") < mode[1], "it comes to rest in the first mode"
     assert channel.written["/run/lsmlab-arm"] == b"selinux-permissive\n"
 
@@ -401,10 +401,10 @@ def test_where_nothing_is_to_be_started_nothing_is() -> None:
     found = prepare.enter(channel, PERMISSIVE, PLAN, start=False)
     assert found == prepare.Prepared(service_active=False, setup_denials=())
     assert channel.lines[-1] == "write /sys/fs/selinux/commit_pending_bools"
-    assert not [line for line in channel.lines if line.startswith(("systemctl", "ask start", "touch"))]
+    assert not [line for line in channel.lines if line.startswith(("systemctl", "ask start_unit", "touch"))]
 
 
-@pytest.mark.parametrize("operation", ["clock", "pids", "relabel", "mode", "audit_state", "start"])
+@pytest.mark.parametrize("operation", ["clock", "pids", "relabel", "mode", "audit_state", "start_unit"])
 def test_a_guest_that_does_not_answer_on_the_way_is_an_error(operation: str) -> None:
     with pytest.raises(LsmlabError, match="fell silent"):
         prepare.bring_into(bringing(**{operation: ChannelError("fell silent")}), PERMISSIVE, PLAN, IMAGE)

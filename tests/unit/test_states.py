@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +17,9 @@ from unittest.mock import MagicMock
 import pytest
 from entries import Notes, age, hardware, put_image, put_state
 
+from fakes import ScriptedChannel, said
 from lsmlab import bench, cache, discovery, host, inventory, paths
-from lsmlab.errors import DefinitionError, HostError, LsmlabError, MachineError
+from lsmlab.errors import CommandTimeoutError, DefinitionError, HostError, LsmlabError, MachineError
 from lsmlab.image.build import Image
 from lsmlab.lab import Lab
 from lsmlab.machine import states
@@ -504,6 +507,27 @@ def test_a_boot_whose_workers_stay_is_saved_all_the_same(monkeypatch: pytest.Mon
     channel.ask.return_value = [9, 10]
     states._let_workers_end(channel)
     assert channel.ask.call_count >= 1
+
+
+def test_free_memory_is_cleared_by_a_program_that_ends_first_where_there_is_too_little(tmp_path: Path) -> None:
+    meminfo, score = tmp_path / "meminfo", tmp_path / "score"
+    program = states.CLEAR.replace("/proc/meminfo", str(meminfo)).replace("/proc/self/oom_score_adj", str(score))
+    program += "print(size, open('/proc/self/statm').read().split()[1])"
+    for free, wanted in ((48 << 10, 16 << 20), (40, 40 * 1024 - (32 << 20)), (1 << 30, 2 << 30)):
+        meminfo.write_text(f"MemTotal: 99 kB\nMemFree: {free} kB\n")
+        code = program if free < 1 << 20 else program.replace("if size > 0", "if 0")  # not 2 GiB of the machine's
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True, timeout=60
+        )
+        assert int(done.stdout.split()[0]) == wanted
+        assert score.read_text() == "1000"
+
+
+@pytest.mark.parametrize(
+    ("answer", "cleared"), [(said(), True), (said(code=1), False), (CommandTimeoutError("too long"), False)]
+)
+def test_memory_that_is_not_cleared_is_told(answer: Any, cleared: bool) -> None:
+    assert states._clear_free_memory(ScriptedChannel([(r"python3 -I -c ", answer)])) is cleared
 
 
 def test_an_emulated_guest_goes_by_a_clock_that_a_restore_sets_back_and_has_its_libraries_at_one_place(

@@ -42,6 +42,7 @@ ENFORCE = "/sys/fs/selinux/enforce"
 SYSTEMD = "/run/systemd/private"
 MANAGER, MANAGES = "/org/freedesktop/systemd1", "org.freedesktop.systemd1"
 SYSTEMD_SECONDS = 60
+AUDIT_SECONDS = 20
 ON_ITS_WAY_SECONDS = 2
 """How long a unit is waited for that is being started or stopped: systemd starts one anew after 0.1 s."""
 VEHICLE = "/usr/lib/lsmlab/vehicle"
@@ -50,6 +51,9 @@ MOST_OUTPUT = 16 << 20
 """Bytes of output, and of errors, that are carried; who writes more is killed."""
 MOST_HEAD = 1 << 16
 """Bytes of an HTTP answer's head."""
+MOST_DIGITS = 15
+"""Of a length in an HTTP answer."""
+HEXADECIMAL = frozenset(b"0123456789abcdefABCDEF")
 IDLE_THREADS = 2
 """How many threads wait for questions to come."""
 REST_SECONDS = 0.03
@@ -124,17 +128,18 @@ class _Audit:
 
     def ask(self, kind: int, data: bytes = b"") -> bytes:
         """One message, and the body of its answer. Raises Refused and OSError."""
-        with self._in_use:
-            if self._link is None:
-                self._link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_AUDIT)
-                self._link.settimeout(20)
-            self._number += 1
-            flags = NLM_F_REQUEST | (NLM_F_ACK if kind == AUDIT_USER else 0)
-            self._link.send(struct.pack("=IHHII", 16 + len(data), kind, flags, self._number, 0) + data)
-            number = 0
-            while number != self._number:  # another one answers what was asked before, and came too late
-                answer = self._link.recv(1 << 16)
-                found, _, number = struct.unpack_from("=HHI", answer, 4)
+        deadline = time.monotonic() + AUDIT_SECONDS
+        if not self._in_use.acquire(timeout=AUDIT_SECONDS):
+            raise Refused(f"the kernel's audit subsystem has not answered another question for {AUDIT_SECONDS} s")
+        try:
+            found, answer = self._exchange(kind, data, deadline)
+        except OSError:
+            if self._link is not None:
+                self._link.close()  # with all that was queued
+                self._link = None
+            raise
+        finally:
+            self._in_use.release()
         if found == NLMSG_ERROR:
             code = -struct.unpack_from("=i", answer, 16)[0]
             if code:
@@ -143,18 +148,38 @@ class _Audit:
             raise Refused(f"the kernel's audit subsystem answers with message type {found}")
         return answer[16:]
 
+    def _exchange(self, kind: int, data: bytes, deadline: float) -> tuple[int, bytes]:
+        if self._link is None:
+            self._link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_AUDIT)
+        self._number += 1
+        flags = NLM_F_REQUEST | (NLM_F_ACK if kind == AUDIT_USER else 0)
+        self._link.settimeout(AUDIT_SECONDS)
+        self._link.send(struct.pack("=IHHII", 16 + len(data), kind, flags, self._number, 0) + data)
+        while True:
+            answer, sender = self._link.recvfrom(1 << 16)
+            # Any process of root's may send to this socket; the kernel is number 0. And an answer may be late
+            if sender[0] == 0 and len(answer) >= 16:
+                found, _, number = struct.unpack_from("=HHI", answer, 4)
+                if number == self._number:
+                    return found, answer
+            self._link.settimeout(max(0.001, deadline - time.monotonic()))
+
 
 _audit = _Audit()
+
+
+def _log_file() -> os.stat_result:
+    try:
+        return os.stat(LOG)
+    except OSError as error:
+        raise Refused(f"{LOG}: {error.strerror}") from None
 
 
 def audit_state() -> dict[str, Any]:
     """struct audit_status, and the log's identity and size."""
     names = ("mask", "enabled", "failure", "pid", "rate_limit", "backlog_limit", "lost", "backlog")
     status = dict(zip(names, struct.unpack_from("=8I", _audit.ask(AUDIT_GET))))
-    try:
-        log = os.stat(LOG)
-    except OSError as error:
-        raise Refused(f"{LOG}: {error.strerror}") from None
+    log = _log_file()
     return {
         "enabled": status["enabled"],
         "daemon_pid": status["pid"],
@@ -258,8 +283,8 @@ def pids(unit: str) -> list[int]:
 
 
 # D-Bus: https://dbus.freedesktop.org/doc/dbus-specification.html#message-protocol-messages
-CALL, RETURN, ERROR, SIGNAL = 1, 2, 3, 4
-PATH, INTERFACE, MEMBER, ERROR_NAME, REPLY_SERIAL, SIGNATURE = 1, 2, 3, 4, 5, 8
+BUS_CALL, BUS_RETURN, BUS_ERROR, BUS_SIGNAL = 1, 2, 3, 4
+FIELD_PATH, FIELD_INTERFACE, FIELD_MEMBER, FIELD_ERROR, FIELD_REPLY, FIELD_SIGNATURE = 1, 2, 3, 4, 5, 8
 
 
 def _packed(text: str, kind: str) -> bytes:
@@ -272,12 +297,13 @@ def _method_call(number: int, path: str, interface: str, member: str, *texts: st
     """The call of a method, as message `number`; its arguments are texts."""
     head, body = b"", b""
     for code, kind, text in (
-        (PATH, "o", path), (INTERFACE, "s", interface), (MEMBER, "s", member), (SIGNATURE, "g", "s" * len(texts)),
+        (FIELD_PATH, "o", path), (FIELD_INTERFACE, "s", interface), (FIELD_MEMBER, "s", member),
+        (FIELD_SIGNATURE, "g", "s" * len(texts)),
     ):  # fmt: skip
         head += bytes(-len(head) % 8) + bytes((code, 1, ord(kind), 0)) + _packed(text, kind)
     for text in texts:
         body += bytes(-len(body) % 4) + _packed(text, "s")
-    start = struct.pack("<cBBBIII", b"l", CALL, 0, 1, len(body), number, len(head))
+    start = struct.pack("<cBBBIII", b"l", BUS_CALL, 0, 1, len(body), number, len(head))
     return start + head + bytes(-len(head) % 8) + body
 
 
@@ -327,12 +353,12 @@ def _fields(head: bytes) -> dict[int, Any]:
 
 
 def _error(head: bytes, body: bytes) -> str:
-    return f"{_fields(head).get(ERROR_NAME)}: {_value(body, 0, 's')[0] if body else ''}"
+    return f"{_fields(head).get(FIELD_ERROR)}: {_value(body, 0, 's')[0] if body else ''}"
 
 
 @contextlib.contextmanager
-def _systemd(seconds: float) -> Iterator[tuple[socket.socket, Any]]:
-    """A conversation with systemd, of at most `seconds`: what is sent to, and what is read from. Raises Refused.
+def _systemd(seconds: float, late: str) -> Iterator[tuple[socket.socket, Any]]:
+    """A conversation with systemd: what is sent to, and what is read from. Raises Refused, with `late` after `seconds`.
 
     Over its own socket, as `systemctl` has one: to start that takes longer than all else that is done around an
     attempt.
@@ -348,7 +374,7 @@ def _systemd(seconds: float) -> Iterator[tuple[socket.socket, Any]]:
                 raise Refused(f"systemd does not talk to the agent: {said!r}")
             yield link, stream
         except (TimeoutError, socket.timeout):  # noqa: UP041 - not the same before Python 3.10
-            raise Refused(f"systemd does not answer within {seconds} s") from None
+            raise Refused(f"{late} within {seconds} s") from None
         except (ValueError, IndexError, struct.error) as error:
             raise Refused(f"systemd answers nonsense: {error}") from None
         except OSError as error:
@@ -361,7 +387,7 @@ def _properties(unit: str, wanted: list[tuple[str, str]]) -> list[Any]:
                    for n, c in enumerate(unit))  # fmt: skip
     properties = "org.freedesktop.DBus.Properties"
     found: dict[int, Any] = {}
-    with _systemd(SYSTEMD_SECONDS) as (link, stream):
+    with _systemd(SYSTEMD_SECONDS, "systemd does not answer") as (link, stream):
         asked = (
             _method_call(number, f"{MANAGER}/unit/{name}", properties, "Get", f"{MANAGES}.{interface}", one)
             for number, (interface, one) in enumerate(wanted, 1)
@@ -369,25 +395,25 @@ def _properties(unit: str, wanted: list[tuple[str, str]]) -> list[Any]:
         link.sendall(b"".join(asked))
         while len(found) < len(wanted):
             kind, head, body = _message(stream)
-            if kind == ERROR:
+            if kind == BUS_ERROR:
                 raise Refused(f"systemd, of {unit}: {_error(head, body)}")
-            if kind == RETURN and isinstance(number := _fields(head).get(REPLY_SERIAL), int):
+            if kind == BUS_RETURN and isinstance(number := _fields(head).get(FIELD_REPLY), int):
                 found[number] = _value(body, 0, "v")[0]
     return [found[number] for number in range(1, len(wanted) + 1)]
 
 
-def start(unit: str, seconds: float) -> str:
+def start_unit(unit: str, seconds: float) -> str:
     """Start a unit and wait until that is done, as `systemctl start` does. Empty where it was, or else why not."""
     job, results = None, {}
-    with _systemd(seconds) as (link, stream):
+    with _systemd(seconds, f"{unit} is not started") as (link, stream):
         link.sendall(_method_call(1, MANAGER, f"{MANAGES}.Manager", "StartUnit", unit, "replace"))
         while job not in results:
             kind, head, body = _message(stream)
-            if kind == ERROR:
+            if kind == BUS_ERROR:
                 return _error(head, body)
-            if kind == RETURN:
+            if kind == BUS_RETURN:
                 job = _value(body, 0, "o")[0]
-            elif kind == SIGNAL and b"\0JobRemoved\0" in head:  # its number, the job, its unit, its result
+            elif kind == BUS_SIGNAL and b"\0JobRemoved\0" in head:  # its number, the job, its unit, its result
                 ended, at = _value(body, 4, "o")
                 results[ended] = _value(body, _value(body, at, "s")[1], "s")[0]
     return "" if results[job] in {"done", "skipped"} else f"systemd's job ended: {results[job]}"
@@ -796,53 +822,67 @@ class _Deadline(socket.socket):
 
 
 class _Answer:
-    """An HTTP answer, read by RFC 9112: what http.client does for it takes a tenth of an emulated guest's attempt."""
+    """An HTTP answer (RFC 9112), read as http.client does, which takes a tenth of an emulated attempt for it."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._left = MOST_HEAD
 
-    def _line(self) -> bytes:
+    def _line(self, place: str) -> bytes:
         line: bytes = self._stream.readline(self._left)
         self._left -= len(line)
         if not line.endswith(b"\n"):
-            raise ValueError("the answer's head is too long" if self._left <= 0 else "the answer ended in its head")
-        return line.strip()
+            raise ValueError(
+                f"the answer's {place} is too long" if self._left <= 0 else f"the answer ended in its {place}"
+            )
+        return line.rstrip(b"\r\n")
+
+    def _fields(self, place: str) -> dict[bytes, bytes]:
+        """Lines of a name and a value, up to one that is empty: by the names in small letters, the first of each."""
+        fields: dict[bytes, bytes] = {}
+        while line := self._line(place):
+            name, colon, value = line.partition(b":")
+            if colon and not line[:1].isspace():  # a line that begins with a blank goes on with the one before
+                fields.setdefault(name.lower(), value.strip())
+        return fields
 
     def head(self) -> tuple[int, dict[bytes, bytes]]:
-        """Its status, and its fields by their names in small letters. Raises ValueError and OSError."""
+        """Its status, and its fields. Raises ValueError and OSError."""
         while True:
-            start = self._line()
-            version, status = (*start.split(b" "), b"", b"")[:2]
-            if not (version.startswith(b"HTTP/") and status.isdigit() and len(status) == 3):
-                raise ValueError(f"the answer begins with {start[:60]!r}; expected HTTP/1.1 and a status")
-            fields = {}
-            while line := self._line():
-                name, _, value = line.partition(b":")
-                fields[name.lower()] = value.strip()
-            if status != b"100":  # "go on", and the answer itself is to come
+            line = self._line("head")
+            version, status = (*line.split(), b"", b"")[:2]
+            if not (version.startswith(b"HTTP/1.") and status.isdigit() and len(status) == 3 and status >= b"100"):
+                raise ValueError(f"the answer begins with {line[:60]!r}; expected HTTP/1.1 and a status")
+            fields = self._fields("head")
+            if status == b"101" or not status.startswith(b"1"):  # another 1xx: the answer itself is to come
                 return int(status), fields
 
     def body(self, fields: dict[bytes, bytes], into: bytearray) -> None:
         """Read its body, at most MOST_OUTPUT and a bit. Raises ValueError where it ends early, and OSError."""
         if fields.get(b"transfer-encoding", b"").lower() == b"chunked":
-            size = -1
-            while size and len(into) <= MOST_OUTPUT:
-                self._left = MOST_HEAD
-                size = int(self._line().partition(b";")[0], 16)
-                self._read(size, into)
-                while len(into) <= MOST_OUTPUT and (line := self._line()):
-                    if size:  # behind the last chunk there may be fields
-                        raise ValueError(f"a chunk of the answer goes on with {line[:60]!r}")
-        elif b"content-length" in fields:
-            self._read(int(fields[b"content-length"]), into)
-        else:
-            self._read(None, into)
+            self._chunks(into)
+            return
+        length = fields.get(b"content-length", b"")
+        known = length.isdigit() and len(length) <= MOST_DIGITS  # else all that comes is its body
+        self._read(int(length) if known else None, into)
+
+    def _chunks(self, into: bytearray) -> None:
+        while len(into) <= MOST_OUTPUT:
+            self._left = MOST_HEAD
+            digits = self._line("chunks").partition(b";")[0].strip()
+            if not (0 < len(digits) <= MOST_DIGITS and set(digits) <= HEXADECIMAL):
+                raise ValueError(f"a chunk of the answer has {digits[:60]!r} bytes")
+            size = int(digits, 16)
+            if not size:
+                with contextlib.suppress(ValueError):  # all of it is there
+                    self._fields("trailer")
+                return
+            self._read(size, into)
+            if len(into) <= MOST_OUTPUT and (line := self._line("chunks")):
+                raise ValueError(f"a chunk of the answer goes on with {line[:60]!r}")
 
     def _read(self, left: int | None, into: bytearray) -> None:
         """`left` bytes, or all there are."""
-        if left is not None and left < 0:
-            raise ValueError(f"a part of the answer has {left} bytes")
         while left != 0 and len(into) <= MOST_OUTPUT:
             chunk = self._stream.read1(1 << 16 if left is None else min(left, 1 << 16))
             into += chunk
@@ -958,10 +998,7 @@ def facts(unit: str, object: str | None) -> dict[str, Any]:  # noqa: A002 - the 
 def open_window(unit: str, object: str | None, word: str, seconds: float) -> dict[str, Any]:  # noqa: A002
     """Let the service come to rest and the audit queue drain, and read the facts before the attempts to come."""
     resting = at_rest(unit)
-    try:
-        size = os.stat(LOG).st_size
-    except OSError as error:
-        raise Refused(f"{LOG}: {error.strerror}") from None
+    size = _log_file().st_size
     found = facts(unit, object)
     # Records of what came before may still be in the queue: the window begins behind a sentinel that has come through
     sentinel(word)
@@ -1065,7 +1102,7 @@ def relabel(paths: list[str]) -> None:
 OPERATIONS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
-        ping, offer, run, visit, write, relabel, clock, pids, start, audit_state, mode, open_window, close_window,
+        ping, offer, run, visit, write, relabel, clock, pids, start_unit, audit_state, mode, open_window, close_window,
         plant, attempt, exchange,
     )
 }  # fmt: skip

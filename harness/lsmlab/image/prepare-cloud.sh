@@ -7,6 +7,8 @@ selinux=$1
 cd /run/lsmlab
 
 chmod 0640 /etc/audit/rules.d/audit.rules
+sed -i 's/^log_format *=.*/log_format = RAW/' /etc/audit/auditd.conf # see prepare.sh
+grep -q '^log_format = RAW$' /etc/audit/auditd.conf || { echo "auditd.conf has no log_format" >&2; exit 1; }
 find /etc/audit/rules.d -name '*.rules' ! -name audit.rules -delete # such as one that has nothing audited
 : > /usr/lib/lsmlab/vehicle # what the audit rule on commands run as a service watches
 mkdir -p /etc/cloud

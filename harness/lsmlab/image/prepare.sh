@@ -15,7 +15,7 @@ cp -R --no-preserve=ownership overlay/. tree/
 chmod 0640 tree/etc/audit/rules.d/audit.rules
 # Records as the kernel gives them: to add what their numbers mean takes auditd longer than to write them
 sed -i 's/^log_format *=.*/log_format = RAW/' tree/etc/audit/auditd.conf
-grep -q '^log_format = RAW$' tree/etc/audit/auditd.conf
+grep -q '^log_format = RAW$' tree/etc/audit/auditd.conf || { echo "auditd.conf has no log_format" >&2; exit 1; }
 printf '%s\n' "$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n')" > tree/etc/machine-id
 mkdir -p tree/etc/systemd/system/multi-user.target.wants
 ln -s ../lsmlab-agent.service tree/etc/systemd/system/multi-user.target.wants/

@@ -21,7 +21,7 @@ from lsmlab.channel.agent import agent_digest
 from lsmlab.channel.base import Channel
 from lsmlab.container import install
 from lsmlab.definition import digest_of
-from lsmlab.errors import HostError, LsmlabError, MachineError
+from lsmlab.errors import CommandTimeoutError, HostError, LsmlabError, MachineError
 from lsmlab.image.build import Image
 from lsmlab.lab import Lab
 from lsmlab.machine.hardware import CPU, Boot, Hardware
@@ -43,15 +43,17 @@ it lies at: where programs lie at random addresses, twice as much to start a ser
 BOOT_SECONDS = {"tcg": 300.0, "kvm": 60.0}
 RULE_KEYS = ("lsmlab-subject", "lsmlab-denied", "lsmlab-fork")
 """Of the audit rules that evidence rests on."""
-LEFT_MIB = 32
-"""How much of a guest's free memory is not cleared before it is saved: it needs some meanwhile."""
-CLEAR = f"""
+CLEAR_SECONDS = 240
+CLEAR = """
 import mmap
-free = next(int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemFree:"))
+free = next(int(line.split()[1]) << 10 for line in open("/proc/meminfo") if line.startswith("MemFree:"))
+size = min(free - max(32 << 20, free >> 5), 2 << 30)
 open("/proc/self/oom_score_adj", "w").write("1000")
 MAP_POPULATE = 0x8000
-mmap.mmap(-1, (free << 10) - ({LEFT_MIB} << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_POPULATE)
+if size > 0:
+    mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_POPULATE)
 """
+"""Has the kernel clear most of what is free, at most 2 GiB. Where there is too little, it is this program that ends."""
 UDEV = "systemd-udevd.service"
 UDEV_SECONDS = 30
 """How long udev's workers are waited for. Nothing depends on them but how long the set-ups after a restore take."""
@@ -222,7 +224,10 @@ def _boot(lab: Lab, image: Image, kernel: Kernel, state: SavedState, progress: P
                 progress.step(task, f"starting {lab.title}'s container engine (kernel: {kernel})")
                 engine.bring_up(machine.channel, lab.engine.units)
             _let_workers_end(machine.channel)
-            _clear_free_memory(machine.channel)
+            if not _clear_free_memory(machine.channel):
+                progress.note(
+                    f"The free memory of {lab.id} ({kernel}) was not cleared: more of it is saved than need be."
+                )
             progress.step(task, f"saving the booted state (kernel: {kernel})")
             machine.save(work / "ram")
         except LsmlabError as error:
@@ -270,9 +275,12 @@ def _let_workers_end(channel: Channel) -> None:
         time.sleep(0.5)
 
 
-def _clear_free_memory(channel: Channel) -> None:
+def _clear_free_memory(channel: Channel) -> bool:
     """Have the guest's kernel clear what a boot has used and given back: a fifth less is saved, and restored.
 
-    Where it cannot, nothing is lost but that.
+    False where it could not; nothing else depends on it.
     """
-    channel.run(["python3", "-I", "-c", CLEAR], timeout=240)
+    try:
+        return channel.run(["python3", "-I", "-c", CLEAR], timeout=CLEAR_SECONDS).ok
+    except CommandTimeoutError:
+        return False
