@@ -148,3 +148,12 @@ def test_a_restore_sets_the_clock_back(bench: Bench) -> None:
         again = float(machine.channel.run(clock).check().out)
     assert late - then > 4.5
     assert again - then < (late - then) / 2
+
+
+def test_a_saved_guest_holds_what_it_uses_and_little_besides(bench: Bench) -> None:
+    """What its boot has used and given back is cleared before: else it is saved, and read at each restore."""
+    with bench.guest(Kernel.NONE, "isolation memory") as machine:
+        said = machine.channel.run(["grep", "^MemFree:", "/proc/meminfo"]).check().out
+    used_mib = bench.lab.memory_mib - (int(said.split()[1]) >> 10)
+    saved_mib = (bench.state(Kernel.NONE, "isolation memory").folder / "ram").stat().st_size >> 20
+    assert saved_mib < used_mib + 24

@@ -34,7 +34,7 @@ ERROR_BYTES = 2000
 START = "import base64,sys;exec(base64.b64decode(sys.argv[1]))"
 AS_SERVICE = (
     "systemd-run", "--quiet", "--pipe", "--wait", "--collect", "--property=SELinuxContext=-system_u:system_r:init_t:s0",
-    "--property=OOMScoreAdjust=-1000", "--property=OOMPolicy=continue", "--setenv=LC_ALL=C.UTF-8",
+    "--property=OOMScoreAdjust=-1000", "--setenv=LC_ALL=C.UTF-8",
     "--setenv=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 )  # fmt: skip
 """In a guest of ours: the agent as the service that it is in images of ours, and not as part of a login's session."""
