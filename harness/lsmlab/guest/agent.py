@@ -54,6 +54,8 @@ MOST_HEAD = 1 << 16
 MOST_DIGITS = 15
 """Of a length in an HTTP answer."""
 HEXADECIMAL = frozenset(b"0123456789abcdefABCDEF")
+TOKEN = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+"""What the name of an HTTP field is made of: RFC 9110, 5.6.2."""
 IDLE_THREADS = 2
 """How many threads wait for questions to come."""
 REST_SECONDS = 0.03
@@ -153,16 +155,15 @@ class _Audit:
             self._link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_AUDIT)
         self._number += 1
         flags = NLM_F_REQUEST | (NLM_F_ACK if kind == AUDIT_USER else 0)
-        self._link.settimeout(AUDIT_SECONDS)
         self._link.send(struct.pack("=IHHII", 16 + len(data), kind, flags, self._number, 0) + data)
         while True:
+            self._link.settimeout(max(0.001, deadline - time.monotonic()))
             answer, sender = self._link.recvfrom(1 << 16)
             # Any process of root's may send to this socket; the kernel is number 0. And an answer may be late
             if sender[0] == 0 and len(answer) >= 16:
                 found, _, number = struct.unpack_from("=HHI", answer, 4)
                 if number == self._number:
                     return found, answer
-            self._link.settimeout(max(0.001, deadline - time.monotonic()))
 
 
 _audit = _Audit()
@@ -822,7 +823,10 @@ class _Deadline(socket.socket):
 
 
 class _Answer:
-    """An HTTP answer (RFC 9112), read as http.client does, which takes a tenth of an emulated attempt for it."""
+    """An HTTP answer (RFC 9112). http.client takes a tenth of an emulated attempt to read one.
+
+    Where its length is in doubt, all that comes is its body: what is not read, no canary is found in.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -838,12 +842,17 @@ class _Answer:
         return line.rstrip(b"\r\n")
 
     def _fields(self, place: str) -> dict[bytes, bytes]:
-        """Lines of a name and a value, up to one that is empty: by the names in small letters, the first of each."""
+        """Lines of a name and a value, up to one that is empty: by the names in small letters, the first of each.
+
+        A line that is none, such as the second of a value over two lines, leaves the length in doubt.
+        """
         fields: dict[bytes, bytes] = {}
         while line := self._line(place):
             name, colon, value = line.partition(b":")
-            if colon and not line[:1].isspace():  # a line that begins with a blank goes on with the one before
+            if colon and name and set(name) <= TOKEN:
                 fields.setdefault(name.lower(), value.strip())
+            else:
+                fields[b"content-length"] = b"in doubt"
         return fields
 
     def head(self) -> tuple[int, dict[bytes, bytes]]:

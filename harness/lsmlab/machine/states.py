@@ -47,13 +47,15 @@ CLEAR_SECONDS = 240
 CLEAR = """
 import mmap
 free = next(int(line.split()[1]) << 10 for line in open("/proc/meminfo") if line.startswith("MemFree:"))
-size = min(free - max(32 << 20, free >> 5), 2 << 30)
+least = int(open("/proc/sys/vm/min_free_kbytes").read()) << 10
+size = min(free - max(2 * least, free >> 5), 2 << 30)
 open("/proc/self/oom_score_adj", "w").write("1000")
 MAP_POPULATE = 0x8000
 if size > 0:
     mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_POPULATE)
 """
-"""Has the kernel clear most of what is free, at most 2 GiB. Where there is too little, it is this program that ends."""
+"""Has the kernel clear what is free, at most 2 GiB, but for so much that it gives nothing up: no file that it has read,
+and no memory that can be swapped. Where there is too little all the same, it is this program that ends."""
 UDEV = "systemd-udevd.service"
 UDEV_SECONDS = 30
 """How long udev's workers are waited for. Nothing depends on them but how long the set-ups after a restore take."""
