@@ -512,16 +512,14 @@ def test_a_boot_whose_workers_stay_is_saved_all_the_same(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("free_kib", "size"),
-    [(48 << 10, 40 << 20), (40 << 20, 2 << 30), (1 << 20, (1 << 30) - (1 << 25)), (8 << 10, None), (40, None)],
+    [(48 << 10, 32 << 20), (40 << 20, 2 << 30), (1 << 20, (1 << 30) - (1 << 25)), (16 << 10, None), (40, None)],
 )
 def test_free_memory_is_cleared_by_a_program_that_ends_first_where_there_is_too_little(
     tmp_path: Path, free_kib: int, size: int | None
 ) -> None:
-    meminfo, least, score = (tmp_path / name for name in ("meminfo", "least", "score"))
+    meminfo, score = tmp_path / "meminfo", tmp_path / "score"
     meminfo.write_text(f"MemTotal: 99 kB\nMemFree: {free_kib} kB\n")
-    least.write_text("4096\n")
     program = states.CLEAR.replace("/proc/meminfo", str(meminfo)).replace("/proc/self/oom_score_adj", str(score))
-    program = program.replace("/proc/sys/vm/min_free_kbytes", str(least))
     taken: list[tuple[int, int, bool, str]] = []
 
     def take(descriptor: int, size: int, *, flags: int) -> None:
@@ -540,7 +538,11 @@ def test_free_memory_is_cleared_by_a_program_that_ends_first_where_there_is_too_
     ("answer", "cleared"), [(said(), True), (said(code=1), False), (CommandTimeoutError("too long"), False)]
 )
 def test_memory_that_is_not_cleared_is_told(answer: Any, cleared: bool) -> None:
-    assert states._clear_free_memory(ScriptedChannel([(r"python3 -I -c ", answer)])) is cleared
+    channel = ScriptedChannel([(r"cat /proc/sys/vm/min_free_kbytes$", said("36864\n")), (r"python3 -I -c ", answer)])
+    assert states._clear_free_memory(channel) is cleared
+    steps = [line.partition(" ")[0] for line in channel.lines]
+    assert steps == ["cat", "write", "python3", "write"]
+    assert channel.written == {"/proc/sys/vm/min_free_kbytes": b"36864\n"}, "as it was"
 
 
 def test_an_emulated_guest_goes_by_a_clock_that_a_restore_sets_back_and_has_its_libraries_at_one_place(
