@@ -35,7 +35,7 @@ from lsmlab.machine.hardware import Boot
 from lsmlab.machine.qemu import QEMU, QemuMachine
 from lsmlab.progress import Silent
 from lsmlab.report import tables
-from lsmlab.scenario import Scenario
+from lsmlab.scenario import Scenario, Step
 from lsmlab.terms import Arm, AttemptKind, Kernel
 
 FLAGSHIP = "nginx-reads-shadow"
@@ -157,7 +157,7 @@ def lsmlab(*arguments: str, state: Path, cache: Path | None = None) -> tuple[flo
 
     def watch() -> None:
         nonlocal harness, guest
-        while not ended.wait(0.1):
+        while not ended.wait(0.25):
             for pid in tree_of(process.pid):
                 name, peak = peak_mib(pid)
                 if name.startswith("qemu-system"):
@@ -303,6 +303,19 @@ def prepare_usual(bench: Bench, work: Path) -> tuple[Path, Path]:
     return disk, path
 
 
+def usual_step(machine: Any, step: Step, arm: Arm) -> None:
+    """One step of the set-up, by the commands that one would type."""
+    if step.run is not None:
+        machine.check_output(" ".join(step.run))
+    elif step.join is not None:
+        machine.check_output("usermod --append --groups %s %s", step.join.group, step.join.user)
+    elif step.write is not None:
+        machine.check_output("mkdir -p %s", str(Path(step.write.path).parent))
+        machine.check_output("printf %%s %s > %s", step.write.data().decode(), step.write.path)
+        if arm.kernel is Kernel.SELINUX:
+            machine.check_output("restorecon -RF %s", str(Path(step.write.path).parent))
+
+
 def usual_arm(bench: Bench, scenario: Scenario, arm: Arm, disk: Path, key: Path, work: Path) -> None:
     """One arm the usual way: boot, wait for SSH, set up by commands, look with testinfra."""
     guest = FreshGuest(bench, disk, arm.kernel, key, work)
@@ -310,13 +323,7 @@ def usual_arm(bench: Bench, scenario: Scenario, arm: Arm, disk: Path, key: Path,
         machine = guest.wait()
         folder = REPO / "scenarios" / FLAGSHIP
         for step in scenario.setup:
-            if step.run is not None:
-                machine.check_output(" ".join(step.run))
-            elif step.write is not None:
-                machine.check_output("mkdir -p %s", str(Path(step.write.path).parent))
-                machine.check_output("printf %%s %s > %s", step.write.data().decode(), step.write.path)
-                if arm.kernel is Kernel.SELINUX:
-                    machine.check_output("restorecon -RF %s", str(Path(step.write.path).parent))
+            usual_step(machine, step, arm)
         if arm is Arm.SELINUX_PERMISSIVE:
             machine.check_output("setenforce 0")
         if arm.kernel is Kernel.APPARMOR:

@@ -292,6 +292,8 @@ def _step(scenario: Scenario, number: int, step: Step, unit: str) -> tuple[list[
         path = _allowed(scenario, step.write.path)
         folder = path.rpartition("/")[0]  # with its folder: see prepare.do_steps, which labels it
         return [path, *([folder] if folder.count("/") > 1 else [])], f"{path} is written"
+    if step.join is not None:
+        return [], f"{step.join.user} is made a member of the group {step.join.group}"
     assert step.run is not None
     name, *rest = step.run
     line = shlex.join(step.run)

@@ -136,6 +136,7 @@ class Bench:
     ) -> None:
         for program in (QEMU, "qemu-img", "setpriv"):
             host.need(program)  # now, and not after minutes of building an image
+        threading.Thread(target=_ask_early, daemon=True).start()
         self.lab = lab
         self.progress = progress
         self.image: Image = build.ensure(lab, progress, uses=uses, accelerator=accelerator, file=file)
@@ -275,8 +276,16 @@ class Bench:
         with contextlib.ExitStack() as place:
             machine = self._start(kernel, task, None if kept_open else place)
             place.callback(machine.stop)
+            if kernel is Kernel.NONE and not kept_open:  # it has one arm, where others have two that take longer each
+                machine.give_way()
             self._check_open()  # it may have been asked to stop between its start and now
             yield machine
+
+
+def _ask_early() -> None:
+    """Ask how disks are read here, so that no guest waits for the answer. A guest asks again where that fails."""
+    with contextlib.suppress(Exception):
+        qemu.disk_engine()
 
 
 def _take_place(number: int, held: contextlib.ExitStack) -> bool:

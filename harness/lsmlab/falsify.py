@@ -219,7 +219,7 @@ def weakened(scenario: Scenario, framework: Framework, rules: Sequence[str], fol
 
 def _changes_policy(step: Step) -> bool:
     """Whether a step has the guest build its policy anew, or writes what may do so."""
-    words = " ".join(step.run or ()).encode() if step.write is None else step.write.data()
+    words = step.write.data() if step.write is not None else " ".join(step.run or ()).encode()
     return re.search(rb"\b(semodule|semanage|setsebool -P)\b", words) is not None
 
 

@@ -150,11 +150,22 @@ def on_wsl() -> bool:
     return "microsoft" in platform.release().lower()
 
 
+_versions: dict[tuple[object, ...], str] = {}
+"""What programs have said of their version: of each file, as it was written then, it is asked once."""
+
+
 def version(program: str, *arguments: str) -> str:
     """The first line that `program` prints of its own version, or `missing`. Never raises."""
     found = find(program)
     if found is None:
         return "missing"
+    try:
+        written = Path(found).stat().st_mtime_ns
+    except OSError as error:
+        return f"does not run: {error}"
+    asked = (found, written, *arguments)
+    if asked in _versions:
+        return _versions[asked]
     try:
         done = subprocess.run(
             [found, *arguments], env=environment(), capture_output=True, text=True, errors="replace", timeout=20,
@@ -162,7 +173,10 @@ def version(program: str, *arguments: str) -> str:
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"does not run: {error}"
-    return (done.stdout or done.stderr).strip().partition("\n")[0]
+    line = (done.stdout or done.stderr).strip().partition("\n")[0]
+    if done.returncode == 0:
+        _versions[asked] = line
+    return line
 
 
 _running: set[subprocess.Popen[bytes]] = set()

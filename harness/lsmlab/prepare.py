@@ -18,6 +18,7 @@ from lsmlab.container.spec import Container
 from lsmlab.errors import ChannelError, DefinitionError, SetupError
 from lsmlab.evidence import Denial
 from lsmlab.framework import FRAMEWORKS
+from lsmlab.framework.apparmor import FOLDER
 from lsmlab.framework.base import PolicyUnderTest
 from lsmlab.framework.selinux import ENFORCE
 from lsmlab.image import container as image_for_containers
@@ -25,7 +26,7 @@ from lsmlab.image.build import Image
 from lsmlab.image.container import Made
 from lsmlab.lab import Lab
 from lsmlab.progress import Progress
-from lsmlab.scenario import Scenario, Step, Write
+from lsmlab.scenario import Scenario, Step, Write, read_file
 from lsmlab.terms import Arm, Framework, SourceState
 
 if TYPE_CHECKING:
@@ -67,9 +68,10 @@ def plan_of(scenario: Scenario, lab: Lab, *, kept: bool = False) -> Plan:
 
     `kept`: on a machine that stays. There the engine's own profile holds others' containers, and is let alone.
     """
+    setup = tuple(step.renamed(lab.named) for step in scenario.setup)
     return Plan(
         unit=_unit_of(scenario, lab),
-        setup=tuple(step.renamed(lab.named) for step in scenario.setup),
+        setup=setup,
         after_start=tuple(step.renamed(lab.named) for step in scenario.after_start),
         policy=PolicyUnderTest(
             scenario.selinux.modules,
@@ -77,12 +79,26 @@ def plan_of(scenario: Scenario, lab: Lab, *, kept: bool = False) -> Plan:
             scenario.apparmor.profiles,
             scenario.apparmor.shipped,
             (DEFAULT_PROFILE,) if scenario.subject.container is not None and not kept else (),
+            _written(scenario, setup),
         ),
         object_path=scenario.object.path and lab.named(scenario.object.path),
         container=scenario.subject.container,
         beside=scenario.subject.beside,
         vehicle=VEHICLE_THERE if kept else VEHICLE,
     )
+
+
+def _written(scenario: Scenario, setup: Sequence[Step]) -> dict[str, bytes] | None:
+    """What is written in a guest until the service is started; None where a step is a command, which may do anything,
+    and where containers are made."""
+    if scenario.subject.container or scenario.subject.beside or any(step.run is not None for step in setup):
+        return None
+    own = {f"{FOLDER}/{profile.name}": read_file(profile) for profile in scenario.apparmor.profiles}
+    for step in setup:
+        if step.write is not None:
+            own.pop(step.write.path, None)  # the last one counts
+            own[step.write.path] = step.write.data()
+    return own
 
 
 @contextlib.contextmanager
@@ -132,11 +148,10 @@ def set_up(channel: Channel, arm: Arm, plan: Plan, image: Image | None, tell: Te
     return True
 
 
-def enter(channel: Channel, arm: Arm, plan: Plan, *, start: bool) -> Prepared:
+def enter(channel: Channel, arm: Arm, plan: Plan, image: Image | None, *, start: bool) -> Prepared:
     """Enter the arm's mode and start the service in it, or leave the service as it is. Raises as `set_up`."""
     driver = FRAMEWORKS[arm.framework]
-    mark(channel, arm)
-    driver.enter(channel, arm, plan.policy)
+    driver.enter(channel, arm, image, plan.policy)
     started: bool = False
     denials: tuple[Denial, ...] = ()
     running = None
@@ -149,7 +164,7 @@ def enter(channel: Channel, arm: Arm, plan: Plan, *, start: bool) -> Prepared:
         started, denials = _start(channel, plan.unit)
     if started:
         do_steps(channel, plan.after_start, "after_start")
-    driver.settle(channel, arm)
+    driver.settle(channel, arm, plan.unit, started=started)
     return Prepared(service_active=started, setup_denials=denials, container=running)
 
 
@@ -208,10 +223,11 @@ def bring_into(
     `started_in`: the arm that the service is started in, and comes to rest in, where it is another one.
     """
     first = started_in or arm
-    prepared = enter(channel, first, plan, start=set_up(channel, first, plan, image, tell))
+    prepared = enter(channel, first, plan, image, start=set_up(channel, first, plan, image, tell))
     if first is not arm:
         attempt.open_window(channel, plan.unit, plan.object_path)
-        enter(channel, arm, plan, start=False)
+        mark(channel, arm)
+        enter(channel, arm, plan, image, start=False)
     return prepared
 
 
@@ -247,7 +263,7 @@ def _start(channel: Channel, unit: str) -> tuple[bool, tuple[Denial, ...]]:
 
 
 def mark(channel: Channel, arm: Arm) -> None:
-    """Set the guest's clock, which a saved state carries along, and say in the prompt which arm this is."""
+    """Set the guest's clock, which is as old as what it was restored to, and say in the prompt which arm this is."""
     channel.ask("clock", seconds=time.time())
     channel.write_file("/run/lsmlab-arm", f"{arm}\n".encode())
 
@@ -260,6 +276,8 @@ def do_steps(channel: Channel, steps: Sequence[Step], where: str) -> None:
         try:
             if step.write is not None:
                 unlabelled.append(_write(channel, step.write))
+            if step.join is not None:
+                channel.ask("join", user=step.join.user, group=step.join.group)
             if unlabelled and (last or step.run is not None):  # before a command may look at them: one program for all
                 channel.ask("relabel", within=STEP_SECONDS, paths=list(dict.fromkeys(unlabelled)))
                 unlabelled.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import time
@@ -19,8 +20,9 @@ from lsmlab.outcome import ArmRecord, AttemptRecord, Outcome
 from lsmlab.scenario import Attempt, Scenario
 from lsmlab.terms import CONTROL, Arm, Control, Framework, Kernel, Result, arms_of
 
-SET_UP, READY = "set-up", "ready"
-"""The snapshots: what arms start from that each start the service, and what the attempts of an arm start from."""
+SET_UP, READY, SWITCHED = "set-up", "ready", "switched"
+"""The snapshots: what arms start from that each start the service, what the attempts of an arm start from, and what
+those of a logging arm do that goes on with the enforcing one's processes."""
 GUESTS_A_BOOT = 2
 """A guest that dies is replaced once."""
 
@@ -149,8 +151,11 @@ def _needs_its_own_start(record: ArmRecord) -> bool:
 
 def _can_be_gone_on_from(record: ArmRecord) -> bool:
     """Whether nothing failed and the service runs; with one that has died since its start no attempt can be made."""
-    failed = any(seen.result is Result.FAILED for seen in record.attempts)
-    return record.service_active and not record.error and not failed
+    return record.service_active and not _is_broken(record)
+
+
+def _is_broken(record: ArmRecord) -> bool:
+    return bool(record.error) or any(seen.result is Result.FAILED for seen in record.attempts)
 
 
 def _broken(bench: Workbench, arm: Arm, error: str, seconds: float = 0.0) -> ArmRecord:
@@ -160,7 +165,7 @@ def _broken(bench: Workbench, arm: Arm, error: str, seconds: float = 0.0) -> Arm
 def _run_boot(bench: Workbench, scenario: Scenario, arms: Sequence[Arm]) -> dict[Arm, ArmRecord]:
     """The records of `arms`, or of the first of them: where the guest dies, or the second cannot go on from it.
 
-    A logging arm behind the enforcing one goes on from there, with its processes: only the mode is switched.
+    A logging arm behind the enforcing one goes on with its processes: only the mode is switched.
     """
     kernel, task = arms[0].kernel, f"{scenario.id} {arms[0].kernel}"
     plan = prepare.plan_of(scenario, bench.lab, kept=bench.image is None)
@@ -176,25 +181,11 @@ def _run_boot(bench: Workbench, scenario: Scenario, arms: Sequence[Arm]) -> dict
             to_start = prepare.set_up(machine.channel, arms[0], plan, bench.image, tell)
             logging_last = [arm.logging for arm in arms] == [False, True]
             goes_on = logging_last and not machine.stays and not plan.after_start  # those are done in each arm's mode
-            if len(arms) > 1 and not goes_on:
-                machine.snapshot(SET_UP)
-            for number, arm in enumerate(arms):
-                if number and goes_on and not _can_be_gone_on_from(records[arms[0]]):
-                    break
-                try:
-                    if number and goes_on:
-                        record = _going_on(bench, machine, scenario, plan, arm, task, arms[0])
-                    else:
-                        if number:
-                            machine.restore(SET_UP)
-                        record = _starting(bench, machine, scenario, plan, arm, task, start=to_start)
-                except (LsmlabError, OSError) as error:
-                    record = _broken(bench, arm, str(error))
-                seconds = round(time.monotonic() - start, 3)
-                records[arm] = record.model_copy(update={"seconds": seconds})
-                start = time.monotonic()
-                if not machine.running:
-                    break
+            each = _Arms(bench, machine, scenario, plan, task, start)
+            if goes_on:
+                records = each.with_one_start(*arms, start=to_start)
+            else:
+                records = each.with_a_start_each(arms, start=to_start)
     except (LsmlabError, OSError) as error:  # no guest, or no set-up: then no arm
         seconds = round(time.monotonic() - start, 3)
         records = {arm: records.get(arm) or _broken(bench, arm, str(error), seconds) for arm in arms}
@@ -203,70 +194,139 @@ def _run_boot(bench: Workbench, scenario: Scenario, arms: Sequence[Arm]) -> dict
     return records
 
 
-def _starting(
-    bench: Workbench, machine: Machine, scenario: Scenario, plan: prepare.Plan, arm: Arm, task: str, *, start: bool
-) -> ArmRecord:
-    """The record of an arm whose service is started in its mode."""
-    bench.progress.step(task, f"{arm}: mode, service")
-    enter = functools.partial(prepare.enter, machine.channel, arm, plan, start=start)
-    if machine.stays and plan.container is not None:  # no memory is restored there: a container for each attempt
-        machine.snapshot(READY)
-        return _attempts(bench, machine, scenario, plan, arm, task, enter(), anew=enter)
-    return _attempts(bench, machine, scenario, plan, arm, task, enter())
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """An arm in which attempts can be made, and the snapshot that they start from."""
+
+    prepared: prepare.Prepared
+    opened: attempt.Opened
+    snapshot: str
 
 
-def _going_on(
-    bench: Workbench, machine: Machine, scenario: Scenario, plan: prepare.Plan, arm: Arm, task: str, started_in: Arm
-) -> ArmRecord:
-    """The record of an arm with the very processes that were started in another one: only the mode is switched."""
-    machine.restore(READY)
-    bench.progress.step(task, f"{arm}: mode")
-    prepare.enter(machine.channel, arm, plan, start=False)
-    record = _attempts(bench, machine, scenario, plan, arm, task, prepare.Prepared(service_active=True))
-    return record.model_copy(update={"started_in": started_in})
+class _Arms:
+    """The arms of one kernel in one guest that is set up. `began`: when the work for the first of them did."""
 
+    def __init__(
+        self, bench: Workbench, machine: Machine, scenario: Scenario, plan: prepare.Plan, task: str, began: float
+    ) -> None:
+        self._bench = bench
+        self._machine = machine
+        self._scenario = scenario
+        self._plan = plan
+        self._task = task
+        self._began = began
+        self._spent: dict[Arm, float] = {}
 
-def _attempts(
-    bench: Workbench,
-    machine: Machine,
-    scenario: Scenario,
-    plan: prepare.Plan,
-    arm: Arm,
-    task: str,
-    prepared: prepare.Prepared,
-    *,
-    anew: Callable[[], prepare.Prepared] | None = None,
-) -> ArmRecord:
-    """The record of an arm whose service is ready: each attempt from there, or from what `anew` prepares."""
-    opened = attempt.open_window(machine.channel, plan.unit, plan.object_path)
-    if anew is None:
-        machine.snapshot(READY)
-    records: list[AttemptRecord] = []
-    for number, spec in enumerate(scenario.attempts):
-        bench.progress.step(task, f"{arm}: {spec.kind} {spec.id}")
-        try:
-            if number:
-                machine.restore(READY)
-            if number and anew is not None:
-                prepared = anew()
-            if number and machine.stays:  # its log has gone on
-                opened = attempt.open_window(machine.channel, plan.unit, plan.object_path)
-            seen = attempt.make(machine.channel, spec, plan.unit, opened, prepared.container, withhold=machine.stays)
-            records.append(judge_attempt(scenario, spec, arm, seen, bench.lab.id))
-        except LsmlabError as error:  # what the other attempts proved stays proved
-            records.append(_failed(spec, str(error)))
-            if not machine.running:
+    def with_a_start_each(self, arms: Sequence[Arm], *, start: bool) -> dict[Arm, ArmRecord]:
+        """The records of arms that each start the service in their mode, up to where the guest dies."""
+        records: dict[Arm, ArmRecord] = {}
+        if len(arms) > 1:
+            self._machine.snapshot(SET_UP)
+        for number, arm in enumerate(arms):
+            with self._recorded(arm, records):
+                if number:
+                    self._machine.restore(SET_UP)
+                    prepare.mark(self._machine.channel, arm)
+                records[arm] = self._starting(arm, start=start)
+            if not self._machine.running:
                 break
-    subjects = {scenario.subject_name(f) for f in scenario.expected}
-    return ArmRecord(
-        arm=arm,
-        command_line=bench.command_line(arm.kernel),
-        service_active=prepared.service_active,
-        setup_denials=tuple(d for d in prepared.setup_denials if d.subject_domain in subjects),
-        lsm=opened.mode.lsm,
-        images=tuple(made.record for made in plan.images),
-        attempts=tuple(records),
-    )
+        return records
+
+    def with_one_start(self, enforcing: Arm, logging: Arm, *, start: bool) -> dict[Arm, ArmRecord]:
+        """The records of an enforcing arm and of the logging arm that goes on with its processes. The second is left
+        out where something failed in the first, and the first where the guest died in the second.
+
+        The guest is switched where it was just now made ready, and the logging arm's attempts are made first: behind a
+        restore all that this takes would be translated anew.
+        """
+        records: dict[Arm, ArmRecord] = {}
+        with self._recorded(enforcing, records):
+            ready = self._made_ready(enforcing, READY, start=start)
+        if enforcing in records:  # it broke
+            return records
+        if ready.prepared.service_active:
+            with self._recorded(logging, records):
+                prepare.mark(self._machine.channel, logging)
+                switched = self._made_ready(logging, SWITCHED, start=False)
+                record = self._attempts(logging, switched)
+                records[logging] = record.model_copy(update={"started_in": enforcing, "service_active": True})
+            if not self._machine.running:  # what it went on from has no record: it counts where it broke
+                return records if _is_broken(records[logging]) else {}
+        with self._recorded(enforcing, records):
+            records[enforcing] = self._attempts(enforcing, ready, there=logging not in records)
+        if not _can_be_gone_on_from(records[enforcing]):
+            records.pop(logging, None)
+        return records
+
+    @contextlib.contextmanager
+    def _recorded(self, arm: Arm, records: dict[Arm, ArmRecord]) -> Iterator[None]:
+        """Make what breaks the record of `arm`; each has the time that was spent on it."""
+        try:
+            yield
+        except (LsmlabError, OSError) as error:
+            records[arm] = _broken(self._bench, arm, str(error))
+        seconds, self._began = time.monotonic() - self._began, time.monotonic()
+        self._spent[arm] = self._spent.get(arm, 0.0) + seconds
+        if arm in records:
+            records[arm] = records[arm].model_copy(update={"seconds": round(self._spent[arm], 3)})
+
+    def _made_ready(self, arm: Arm, snapshot: str, *, start: bool) -> _Ready:
+        self._bench.progress.step(self._task, f"{arm}: mode, service" if snapshot == READY else f"{arm}: mode")
+        prepared = prepare.enter(self._machine.channel, arm, self._plan, self._bench.image, start=start)
+        opened = self._opened()
+        if snapshot == READY or len(self._scenario.attempts) > 1:  # where attempts begin
+            self._machine.snapshot(snapshot)
+        return _Ready(prepared, opened, snapshot)
+
+    def _opened(self) -> attempt.Opened:
+        return attempt.open_window(self._machine.channel, self._plan.unit, self._plan.object_path)
+
+    def _starting(self, arm: Arm, *, start: bool) -> ArmRecord:
+        """The record of an arm whose service is started in its mode."""
+        if not (self._machine.stays and self._plan.container is not None):
+            return self._attempts(arm, self._made_ready(arm, READY, start=start))
+        # No memory is restored there: a container for each attempt
+        self._bench.progress.step(self._task, f"{arm}: mode, service")
+        enter = functools.partial(prepare.enter, self._machine.channel, arm, self._plan, self._bench.image, start=start)
+        self._machine.snapshot(READY)
+        return self._attempts(arm, _Ready(enter(), self._opened(), READY), anew=enter)
+
+    def _attempts(
+        self, arm: Arm, ready: _Ready, *, there: bool = True, anew: Callable[[], prepare.Prepared] | None = None
+    ) -> ArmRecord:
+        """The record of an arm that is ready: each attempt from there, or from what `anew` prepares. `there`: the guest
+        is as it was made ready."""
+        machine, scenario, plan = self._machine, self._scenario, self._plan
+        prepared, opened = ready.prepared, ready.opened
+        records: list[AttemptRecord] = []
+        for spec in scenario.attempts:
+            self._bench.progress.step(self._task, f"{arm}: {spec.kind} {spec.id}")
+            try:
+                if not there:
+                    machine.restore(ready.snapshot)
+                    if anew is not None:
+                        prepared = anew()
+                    if machine.stays:  # its log has gone on
+                        opened = self._opened()
+                there = False
+                seen = attempt.make(
+                    machine.channel, spec, plan.unit, opened, prepared.container, withhold=machine.stays
+                )
+                records.append(judge_attempt(scenario, spec, arm, seen, self._bench.lab.id))
+            except LsmlabError as error:  # what the other attempts proved stays proved
+                records.append(_failed(spec, str(error)))
+                if not machine.running:
+                    break
+        subjects = {scenario.subject_name(f) for f in scenario.expected}
+        return ArmRecord(
+            arm=arm,
+            command_line=self._bench.command_line(arm.kernel),
+            service_active=prepared.service_active,
+            setup_denials=tuple(d for d in prepared.setup_denials if d.subject_domain in subjects),
+            lsm=opened.mode.lsm,
+            images=tuple(made.record for made in plan.images),
+            attempts=tuple(records),
+        )
 
 
 def _failed(spec: Attempt, reason: str) -> AttemptRecord:

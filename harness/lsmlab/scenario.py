@@ -32,6 +32,9 @@ INODE_CLASSES = frozenset({"file", "dir", "lnk_file", "chr_file", "blk_file", "s
 """SELinux's classes of what has a path and an inode."""
 GuestPath = Annotated[str, StringConstraints(pattern=r"^/[^\x00\n]*$")]
 Words = Annotated[tuple[str, ...], Field(min_length=1)]
+NAME = "[a-z_][a-z0-9_-]*"
+"""A user's or a group's."""
+AccountName = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 
 
 def _regex(value: str | None) -> str | None:
@@ -112,7 +115,7 @@ class Write(Strict):
     source: Path | None = Field(default=None, alias="from")
     content: str | None = None
     mode: str = Field(default="0644", pattern=r"^[0-7]{4}$")
-    owner: str = Field(default="root:root", pattern=r"^[a-z_][a-z0-9_-]*:[a-z_][a-z0-9_-]*$")
+    owner: str = Field(default="root:root", pattern=f"^{NAME}:{NAME}$")
 
     @model_validator(mode="after")
     def _one_source(self) -> Write:
@@ -128,22 +131,33 @@ class Write(Strict):
         return read_file(self.source)
 
 
+class Join(Strict):
+    """Make a user a member of a group, as `usermod --append --groups` does; both are in the guest's own files."""
+
+    user: AccountName
+    group: AccountName
+
+
 class Step(Strict):
     """One step of a scenario's set-up, done as root: exactly one of its keys."""
 
     run: Words | None = None
     write: Write | None = None
+    join: Join | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Step:
-        if (self.run is None) == (self.write is None):
-            raise ValueError("expected exactly one of: run, write")
+        if [self.run, self.write, self.join].count(None) != 2:
+            raise ValueError("expected exactly one of: run, write, join")
         return self
 
     def renamed(self, named: Callable[[str], str]) -> Step:
-        """The step with other names in its command, or in where it writes and whose the file is."""
+        """The step with other names in its command, in where it writes and whose the file is, or in who joins."""
         if self.run is not None:
             return self.model_copy(update={"run": tuple(named(word) for word in self.run)})
+        if self.join is not None:
+            join = {"user": named(self.join.user), "group": named(self.join.group)}
+            return self.model_copy(update={"join": self.join.model_copy(update=join)})
         assert self.write is not None
         write = {"path": named(self.write.path), "owner": named(self.write.owner)}
         return self.model_copy(update={"write": self.write.model_copy(update=write)})
@@ -466,9 +480,13 @@ class Scenario(Definition):
         return definition.digest_of(text, *(read_file(path) for path in self.files()), *built)
 
 
+LATER = (("image", None), ("join", None))
+"""Keys that came later, where they are not used: a definition without them has the digest that it had before."""
+
+
 def _without_folders(node: Any, files: set[str]) -> Any:
     if isinstance(node, dict):
-        there = (item for item in node.items() if item != ("image", None))  # as before containers had images
+        there = (item for item in node.items() if item not in LATER)
         return {key: _without_folders(value, files) for key, value in there}
     if isinstance(node, list):
         return [_without_folders(value, files) for value in node]

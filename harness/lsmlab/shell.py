@@ -184,7 +184,7 @@ def _bring_into(bench: Bench, machine: QemuMachine, arm: Arm, scenario: Scenario
         return
     bench.progress.step(task, "entering the arm")
     prepare.mark(machine.channel, arm)
-    FRAMEWORKS[arm.framework].enter(machine.channel, arm, PolicyUnderTest())
+    FRAMEWORKS[arm.framework].enter(machine.channel, arm, None, PolicyUnderTest())
 
 
 def _enter(

@@ -79,7 +79,7 @@ def channel_of(name: str) -> Channel:
         with contextlib.ExitStack() as starting:
             machine = starting.enter_context(bench.guest(arm.kernel, f"host {arm}", kept_open=True))
             prepare.mark(machine.channel, arm)
-            FRAMEWORKS[arm.framework].enter(machine.channel, arm, PolicyUnderTest())
+            FRAMEWORKS[arm.framework].enter(machine.channel, arm, None, PolicyUnderTest())
             _resources.push(starting.pop_all())
         _running[name] = machine.channel
     return _running[name]

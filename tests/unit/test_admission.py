@@ -37,7 +37,7 @@ def test_the_flagship_is_admitted_and_what_it_changes_is_said() -> None:
     found = changes(FLAGSHIP)
     assert {"/etc", "/etc/shadow", "/srv/www", "/var/www/html", "/usr/sbin/nginx"} <= set(found.trees)
     assert (found.units, found.profiles, found.subjects) == (("nginx.service",), (), ("httpd_t",))
-    assert "`usermod --append --groups shadow www-data` is run" in found.words
+    assert "www-data is made a member of the group shadow" in found.words
     assert "/etc/nginx/sites-enabled/default is written" in found.words
     assert "a line is added to /etc/shadow" in found.words
     assert any("/usr/sbin/nginx is labelled bin_t" in word for word in found.words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -423,6 +424,211 @@ def test_write_says_what_is_wrong(tmp_path: Path) -> None:
         written(tmp_path, b"x")
     with pytest.raises(FileExistsError):
         written(tmp_path / "x" / "y", b"x")
+
+
+@pytest.fixture
+def accounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Writes /etc/passwd, /etc/group and /etc/gshadow of the test's own; what both groups' files hold then."""
+    files = {name: tmp_path / name for name in ("passwd", "group", "gshadow")}
+    for constant, name in (("USERS", "passwd"), ("GROUPS", "group"), ("SHADOWED_GROUPS", "gshadow")):
+        monkeypatch.setattr(agent, constant, str(files[name]))
+    files["passwd"].write_text("root:x:0:0::/:/bin/sh\nwww-data:x:33:33::/:/bin/sh\n")
+    monkeypatch.setattr(agent, "ACCOUNTS_LOCK", str(tmp_path / ".pwd.lock"))
+    monkeypatch.setattr(agent, "NAME_CACHES", ((str(tmp_path / "none"), ["false"]),))
+
+    def joined(user: str, group: str, groups: str, shadowed: str | None = None) -> list[str]:
+        files["group"].write_text(groups)
+        if shadowed is not None:
+            files["gshadow"].write_text(shadowed)
+        before = files["group"].stat()
+        agent.join(user, group)
+        after = files["group"].stat()
+        assert (before.st_ino, before.st_mode) == (after.st_ino, after.st_mode)
+        return [file.read_text() for name, file in files.items() if name != "passwd" and file.exists()]
+
+    return joined
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("shadow:x:42:", "shadow:x:42:www-data"),
+        ("shadow:x:42:\n", "shadow:x:42:www-data\n"),
+        ("a:x:1:\nshadow:x:42:ann,bob\nz:x:2:\n", "a:x:1:\nshadow:x:42:ann,bob,www-data\nz:x:2:\n"),
+        ("shadow:x:42:www-data\n", "shadow:x:42:www-data\n"),
+        ("shadow:x:42:ann,www-data,bob\n", "shadow:x:42:ann,www-data,bob\n"),
+        ("shadow:x:42:www-data2\n", "shadow:x:42:www-data2,www-data\n"),
+        ("shadowy:x:41:\nshadow:x:42:\n", "shadowy:x:41:\nshadow:x:42:www-data\n"),
+    ],
+)
+def test_a_user_joins_a_group(accounts: Callable[..., list[str]], before: str, after: str) -> None:
+    assert accounts("www-data", "shadow", before) == [after]
+    shadowed = before.replace(":x:42:", ":*::")
+    assert accounts("www-data", "shadow", before, shadowed) == [after, after.replace(":x:42:", ":*::")]
+
+
+def test_a_group_that_only_its_shadow_lacks_is_joined(accounts: Callable[..., list[str]]) -> None:
+    assert accounts("www-data", "shadow", "shadow:x:42:\n", "other:*::\n") == ["shadow:x:42:www-data\n", "other:*::\n"]
+
+
+@pytest.mark.parametrize(
+    ("user", "group", "words"),
+    [
+        ("www", "shadow", "passwd has no user 'www'"),
+        ("www-data", "shad", "group has no group 'shad'"),
+        ("www-data", "", "group has no group ''"),
+    ],
+)
+def test_who_cannot_join_is_told(accounts: Callable[..., list[str]], user: str, group: str, words: str) -> None:
+    with pytest.raises(agent.Refused, match=words):
+        accounts(user, group, "shadow:x:42:\n")
+
+
+def test_a_name_cache_is_told_to_forget(
+    accounts: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told"
+    caches = [(str(tmp_path / "none"), ["false"]), (str(tmp_path), ["touch", str(told)])]
+    monkeypatch.setattr(agent, "NAME_CACHES", caches)
+    accounts("www-data", "shadow", "shadow:x:42:\n")
+    assert told.exists()
+    monkeypatch.setattr(agent, "NAME_CACHES", [(str(tmp_path), ["false"])])
+    with pytest.raises(agent.Refused, match="false does not forget what it knew of shadow"):
+        accounts("www-data", "shadow", "shadow:x:42:\n")
+
+
+def test_who_changes_groups_at_this_moment_is_not_disturbed(accounts: Callable[..., list[str]], tmp_path: Path) -> None:
+    holds = (
+        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holds, str(tmp_path / ".pwd.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(agent.Refused, match="another program changes users or groups at this moment"):
+            accounts("www-data", "shadow", "shadow:x:42:\n")
+    assert accounts("www-data", "shadow", "shadow:x:42:\n") == ["shadow:x:42:www-data\n"]
+
+
+def test_the_kernels_features_are_one_text(tmp_path: Path) -> None:
+    for path, words in {"caps/mask": "chown kill\n", "policy/versions/v5": "yes\n", "domain/empty": ""}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(words)
+    assert agent.apparmor_features(str(tmp_path)) == (
+        "caps {mask {chown kill\n}\n\n}\ndomain {empty {\n}\n\n}\npolicy {versions {v5 {yes\n}\n\n}\n\n}\n"
+    )
+
+
+def test_a_domain_of_which_nothing_can_be_learned_is_taken_for_permissive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What SELinux answers a test in a guest knows; here there is none, or it answers otherwise."""
+    monkeypatch.setattr(agent, "pids", lambda _: [1, 2])
+    monkeypatch.setattr(agent, "text_if_any", lambda path: "" if "/1/" in path else "u:r:httpd_t:s0")
+    monkeypatch.setattr(agent, "ACCESS", str(tmp_path / "access"))
+    monkeypatch.setattr(agent, "PROCESS_CLASS", str(tmp_path / "index"))
+    assert agent.permissive("nginx.service") is True
+    (tmp_path / "index").write_text("2")
+    (tmp_path / "access").write_text("x" * 30)
+    with pytest.raises(agent.Refused, match="for u:r:httpd_t:s0; expected six numbers"):
+        agent.permissive("nginx.service")
+    monkeypatch.setattr(agent, "text_if_any", lambda _: "")
+    assert agent.permissive("nginx.service") is False, "all have ended"
+
+
+class Restorecon:
+    """Stands for libselinux: keeps what it is told, and refuses a path."""
+
+    def __init__(self, refused: bytes = b"") -> None:
+        self.opened = 0
+        self.given: list[tuple[bytes, int]] = []
+        self.refused = refused
+        self.selabel_open = self._open
+        self.selinux_restorecon_set_sehandle = self._set
+
+    def _open(self, *_: Any) -> int:
+        self.opened += 1
+        return self.opened
+
+    def _set(self, _: Any) -> None:
+        pass
+
+    _open.restype = _set.argtypes = None  # type: ignore[attr-defined]
+
+    def selinux_restorecon(self, path: bytes, flags: int) -> int:
+        """See restorecon(3)."""
+        self.given.append((path, flags))
+        return -1 if path == self.refused else 0
+
+
+@pytest.fixture
+def labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Restorecon], agent._Labels]:
+    """A machine with SELinux, whose labels are in a folder of the test's own."""
+    files = tmp_path / "selinux/default/contexts/files"
+    files.mkdir(parents=True)
+    (files / "file_contexts").write_text("/srv(/.*)?  x\n")
+    (tmp_path / "selinux/config").write_text("")
+    monkeypatch.setattr(agent, "ENFORCE", str(tmp_path))
+    monkeypatch.setattr(agent._Labels, "READ_FROM", str(tmp_path / "selinux"))
+
+    def made(library: Restorecon) -> agent._Labels:
+        found = agent._Labels()
+        found._library = library
+        monkeypatch.setattr(agent, "_labels", found)
+        return found
+
+    return made
+
+
+def test_labels_are_given_by_the_library_and_read_in_once(
+    labels: Callable[[Restorecon], agent._Labels], tmp_path: Path
+) -> None:
+    labels(library := Restorecon())
+    agent.relabel([])
+    assert (library.opened, library.given) == (1, [])
+    agent.relabel(["/srv/www", "/srv/a b"])
+    agent.relabel(["/srv/é"])
+    assert [path for path, _ in library.given] == [b"/srv/www", b"/srv/a b", "/srv/é".encode()]
+    assert {flags for _, flags in library.given} == {0x4D}
+    assert library.opened == 1
+    (tmp_path / "selinux/default/contexts/files/file_contexts.local").write_text("/opt  y\n")
+    agent.relabel(["/opt"])
+    assert library.opened == 2, "a policy that has changed is read in anew"
+
+
+def test_what_the_library_may_not_label_the_program_labels(
+    labels: Callable[[Restorecon], agent._Labels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(argv: list[str]) -> dict[str, Any]:
+        asked.append(argv)
+        return {"exit_code": len(asked) - 1, "err": base64.b64encode(b"not permitted\n").decode()}
+
+    monkeypatch.setattr(agent, "run", run)
+    labels(Restorecon(refused=b"/b"))
+    agent.relabel(["/a", "/b"])
+    assert asked == [["restorecon", "-RF", "--", "/a", "/b"]]
+    with pytest.raises(agent.Refused, match="restorecon: not permitted"):
+        agent.relabel(["/b"])
+
+
+def test_without_the_library_the_program_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(agent, "ENFORCE", str(tmp_path))
+    monkeypatch.setattr(agent, "_labels", agent._Labels())
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())  # an old one, that has no such functions
+
+    def run(argv: list[str]) -> dict[str, Any]:
+        asked.append(argv)
+        return {"exit_code": 0, "err": ""}
+
+    monkeypatch.setattr(agent, "run", run)
+    agent.relabel([])
+    assert asked == []
+    agent.relabel(["/a"])
+    assert asked == [["restorecon", "-RF", "--", "/a"]]
 
 
 def test_plant_appends_to_a_file_that_is_there(tmp_path: Path) -> None:

@@ -141,6 +141,9 @@ class Guests:
             self.most = max(self.most, self.running)
         return self
 
+    def give_way(self) -> None:
+        """See `QemuMachine.give_way`."""
+
     def stop(self) -> None:
         """See `Machine.stop`."""
         with self._lock:

@@ -225,6 +225,7 @@ def test_the_engines_own_words_are_said(fake: FakeEngine) -> None:
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort", "no whole HTTP"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nshort", "no whole HTTP"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "no whole HTTP"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n100000000000000AA", "no whole HTTP"),
         (b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n", "no whole HTTP"),
         (b"HTTP/1.1 9x9 OK\r\n\r\n", "no whole HTTP"),
     ],

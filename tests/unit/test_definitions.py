@@ -378,7 +378,15 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     ),
     "a step of nothing": (
         changed("attempts:\n", "setup:\n  - {}\nattempts:\n"),
-        "FILE:10: setup.0: expected exactly one of: run, write",
+        "FILE:10: setup.0: expected exactly one of: run, write, join",
+    ),
+    "a step of two": (
+        changed("attempts:\n", "setup:\n  - {run: [ls], join: {user: a, group: b}}\nattempts:\n"),
+        "FILE:10: setup.0: expected exactly one of: run, write, join",
+    ),
+    "a group of no name": (
+        changed("attempts:\n", "setup:\n  - join: {user: www-data, group: 'a:b'}\nattempts:\n"),
+        "FILE:10: setup.0.join.group: String should match pattern",
     ),
     "extends unknown": (changed("id: s\n", "extends: zz\nid: s\n"), "FILE:2: extends: no scenario named 'zz'"),
     "extends no name": (changed("id: s\n", "extends: [s]\nid: s\n"), "FILE:2: extends: no scenario named ['s']"),

@@ -130,7 +130,10 @@ SECTIONS = {
     "expected: selinux and apparmor": "Expectation",
     "denials": "DenialExpectation",
     "image": "ContainerImage",
-    **{name: name.capitalize() for name in ("subject", "container", "object", "dac", "write", "canary", "effect")},
+    **{
+        name: name.capitalize()
+        for name in ("subject", "container", "object", "dac", "write", "join", "canary", "effect")
+    },
 }
 """Heading and model."""
 OF_SCENARIOS = {"lsmlab.scenario", "lsmlab.container.spec"}

@@ -39,7 +39,7 @@ from lsmlab.lab import Lab
 from lsmlab.machine import qemu
 from lsmlab.outcome import ArmRecord, AttemptRecord, Outcome
 from lsmlab.progress import Silent
-from lsmlab.run import READY, SET_UP
+from lsmlab.run import READY, SET_UP, SWITCHED
 from lsmlab.scenario import Scenario
 from lsmlab.terms import Arm, Framework, Kernel, Result, Verdict, arms_of
 
@@ -104,6 +104,7 @@ class Nginx:
         ]
         questions: dict[str, Any] = {
             "clock": None,
+            "permissive": False,
             "relabel": None,
             "start_unit": lambda **_: self._now(running=True) and "",
             "pids": lambda **_: [481, 482] if self.state["running"] else [],
@@ -357,13 +358,16 @@ def test_the_arms_of_a_kernel_share_a_guest_and_its_set_up(bench_of: BenchOf) ->
     assert sorted(bench.started) == sorted((k, f"nginx-reads-shadow {k}") for k in Kernel)
     into_arm = ["ask clock", "write /run/lsmlab-arm"]
     tried = ["ask open_window", "snapshot ready", "ask attempt", "restore ready", "ask attempt"]
+    switched = ["ask open_window", "snapshot switched", "ask attempt", "restore switched", "ask attempt"]
     steps = ["usermod --append --groups shadow www-data", "write /srv/www/logo.svg", "write /srv/www/other.svg"]
     set_up = [*into_arm, "ask pids", *steps, "ask relabel", "ask pids", "systemctl stop nginx.service"]
     start = ["ask audit_state", "ask start_unit"]
-    mode, settled = ["write /sys/fs/selinux/enforce", "ask mode"], "write /sys/fs/selinux/commit_pending_bools"
-    enforcing, permissive = [*into_arm, *mode, *start, settled, *tried], [*into_arm, *mode, settled, *tried]
-    assert guests.lines(Kernel.NONE) == [[*set_up, *into_arm, *start, *tried]]
-    assert guests.lines(Kernel.SELINUX) == [[*set_up, *enforcing, "restore ready", *permissive]]
+    mode, settled = ["write /sys/fs/selinux/enforce", "ask mode"], "ask permissive"
+    ready = [*mode, *start, settled, "ask open_window", "snapshot ready"]
+    permissive = [*into_arm, *mode, settled, *switched]
+    assert guests.lines(Kernel.NONE) == [[*set_up, *start, *tried]]
+    enforcing = ["restore ready", "ask attempt", "restore ready", "ask attempt"]
+    assert guests.lines(Kernel.SELINUX) == [[*set_up, *ready, *permissive, *enforcing]]
     (in_apparmor,) = guests.lines(Kernel.APPARMOR)
     assert len([line for line in in_apparmor if line in steps]) == len(steps)
     loads = [line for line in in_apparmor if line.startswith("apparmor_parser --replace")]
@@ -470,10 +474,8 @@ def test_each_arm_is_entered_under_its_own_name(bench_of: BenchOf) -> None:
             entered.append((nginx.state["arm"], words[2].strip()))
 
     outcomes(bench_of(Guests(trouble)), [flagship()])
-    # Each with what it was before: after the set-up it is the first arm's, and so it is after the restore
-    assert entered == [
-        ("", ENFORCING), (ENFORCING, ENFORCING), (ENFORCING, "1"), (ENFORCING, PERMISSIVE), (PERMISSIVE, "0"),
-    ]  # fmt: skip
+    # Each with what it was before: from the set-up on it is the first arm's
+    assert entered == [("", ENFORCING), (ENFORCING, "1"), (ENFORCING, PERMISSIVE), (PERMISSIVE, "0")]
 
 
 def test_an_arm_knows_nothing_of_the_one_before_it(bench_of: BenchOf) -> None:
@@ -485,10 +487,10 @@ def test_an_arm_knows_nothing_of_the_one_before_it(bench_of: BenchOf) -> None:
             # Every canary that was planted in this guest's memory is shown: its own, and no other attempt's or arm's
             assert page.output == f"<p>{page.canary}</p>"
     assert [m.turns for m in guests.by_kernel[Kernel.NONE]] == [[f"snapshot {READY}", f"restore {READY}"]]
-    turns = [f"snapshot {READY}", f"restore {READY}"]
+    switched = [f"snapshot {SWITCHED}", f"restore {SWITCHED}"]
     for kernel in (Kernel.SELINUX, Kernel.APPARMOR):
         (machine,) = guests.by_kernel[kernel]
-        assert machine.turns == [*turns, f"restore {READY}", *turns]
+        assert machine.turns == [f"snapshot {READY}", *switched, f"restore {READY}", f"restore {READY}"]
         assert not machine.running
 
 
@@ -499,10 +501,11 @@ def test_the_enforcing_arm_starts_from_a_service_that_is_stopped(bench_of: Bench
     assert found == [False, True], "and the logging arm from one that runs"
 
 
-def test_a_single_attempt_needs_no_restore(bench_of: BenchOf) -> None:
+def test_a_single_attempt_needs_no_restore_but_behind_the_other_arm(bench_of: BenchOf) -> None:
     guests = Guests()
     outcomes(bench_of(guests), [flagship(attempts=[scenario().attempts[0].model_dump(by_alias=True)])])
-    assert guests.selinux[0].turns == [f"snapshot {READY}", f"restore {READY}", f"snapshot {READY}"]
+    assert guests.by_kernel[Kernel.NONE][0].turns == [f"snapshot {READY}"]
+    assert guests.selinux[0].turns == [f"snapshot {READY}", f"restore {READY}"], "nothing begins at the switched one"
 
 
 def test_the_control_is_run_once_for_both_frameworks(bench_of: BenchOf) -> None:
@@ -540,8 +543,9 @@ def test_what_is_told_of_a_guests_progress(bench_of: BenchOf) -> None:
     outcomes(bench_of(progress=Told()), [flagship()])
     assert [text for task, text in told if task == "nginx-reads-shadow selinux"] == [
         "set-up: policy, files, users",
-        *(f"{arm}: {text}" for arm, way in ((ENFORCING, "mode, service"), (PERMISSIVE, "mode"))
-          for text in (way, "attack read-shadow", "benign front-page")),
+        f"{ENFORCING}: mode, service",
+        *(f"{PERMISSIVE}: {text}" for text in ("mode", "attack read-shadow", "benign front-page")),
+        *(f"{ENFORCING}: {text}" for text in ("attack read-shadow", "benign front-page")),
         "done",
     ]  # fmt: skip
 
@@ -707,18 +711,24 @@ BROKEN_ARM: dict[str, tuple[str, Any, str]] = {
 }
 
 
+NOT_ON_THE_WAY = {
+    PERMISSIVE: ("auditing", "auditing is nonsense", "cache not flushed"),  # it does not start the service
+    ENFORCING: ("clock", "cache not flushed"),  # its clock is the set-up's
+}
+
+
 @pytest.mark.parametrize(
     ("case", "arm"),
-    [(case, arm) for case in BROKEN_ARM for arm in (PERMISSIVE, ENFORCING) if arm is ENFORCING or "audit" not in case],
+    [(case, arm) for case in BROKEN_ARM for arm in (PERMISSIVE, ENFORCING) if case not in NOT_ON_THE_WAY[arm]],
 )
 def test_what_breaks_on_the_way_into_an_arm_is_that_arms_error_alone(bench_of: BenchOf, case: str, arm: Arm) -> None:
     pattern, answer, words = BROKEN_ARM[case]
-    clocks: list[str] = []  # the clock is the first thing to be set: in the set-up, in the enforcing arm, in the other
+    clocks: list[str] = []  # the clock is set first of all: in the set-up, and behind the enforcing arm in the other
 
     def trouble(nginx: Nginx, line: str, detail: Any) -> Any:
         if line == "ask clock":
             clocks.append(line)
-        in_turn = len(clocks) == (2 if arm is ENFORCING else 3)
+        in_turn = len(clocks) == (1 if arm is ENFORCING else 2)
         return at(pattern, answer)(nginx, line, detail) if in_turn else None
 
     guests = Guests(trouble)
@@ -743,7 +753,7 @@ def test_what_breaks_on_the_way_from_the_set_up_is_that_arms_error_alone(bench_o
     def trouble(nginx: Nginx, line: str, detail: Any) -> Any:
         if line == "ask clock":
             clocks.append(line)
-        return at(pattern, answer)(nginx, line, detail) if len(clocks) == 3 else None
+        return at(pattern, answer)(nginx, line, detail) if len(clocks) == 2 else None
 
     guests = Guests(trouble)
     selinux, _ = outcomes(bench_of(guests), [flagship(after_start=[{"run": ["usermod", "late"]}])])
@@ -816,26 +826,27 @@ def test_a_restore_that_fails_fails_the_attempt_that_needs_it(
 
     monkeypatch.setattr(ScriptedMachine, "restore", broken)
     selinux, _ = outcomes(bench_of(), [flagship()])
-    for arm in (PERMISSIVE, ENFORCING):
-        found = attempts(selinux.arm(arm))
-        assert found["read-shadow"].result is not Result.FAILED
-        assert (found["front-page"].result, found["front-page"].reason) == (Result.FAILED, "restore ready: broken")
+    lost = (Result.FAILED, "restore ready: broken")
+    found = attempts(selinux.arm(PERMISSIVE))  # which starts the service itself, where the enforcing arm failed
+    assert found["read-shadow"].result is Result.ALLOWED
+    assert (found["front-page"].result, found["front-page"].reason) == lost
+    assert {(a.result, a.reason) for a in attempts(selinux.arm(ENFORCING)).values()} == {lost}
 
 
 def test_a_logging_arm_that_cannot_begin_where_it_is_to_go_on_is_an_error(
     bench_of: BenchOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    restore = ScriptedMachine.restore
+    snapshot = ScriptedMachine.snapshot
 
     def broken(machine: ScriptedMachine, name: str) -> None:
-        if len(machine.turns) == 2 and machine.channel.written["/run/lsmlab-arm"] == b"selinux-enforcing\n":
-            raise MachineError("restore ready: broken")
-        restore(machine, name)
+        if name == SWITCHED:
+            raise MachineError("snapshot switched: no space")
+        snapshot(machine, name)
 
-    monkeypatch.setattr(ScriptedMachine, "restore", broken)
+    monkeypatch.setattr(ScriptedMachine, "snapshot", broken)
     selinux, _ = outcomes(bench_of(), [flagship()])
     assert whole(selinux, ENFORCING)
-    assert error_of(selinux, PERMISSIVE) == "restore ready: broken"
+    assert error_of(selinux, PERMISSIVE) == "snapshot switched: no space"
 
 
 NONSENSE: list[Any] = [[], "nonsense", 0, {}, {"planted": True}, {"verdict": "CONTAINED"}, {"result": visited(403)}]
@@ -874,12 +885,15 @@ def test_a_guest_that_dies_in_its_first_arm_is_replaced_for_the_other(bench_of: 
     assert bench.alive == 0
 
 
-def test_a_guest_that_dies_in_its_second_arm_is_not_replaced(bench_of: BenchOf) -> None:
+def test_a_guest_that_dies_in_the_logging_arm_is_replaced_for_the_enforcing_one(bench_of: BenchOf) -> None:
     guests = Guests(dies("ask attempt", PERMISSIVE))
     selinux, _ = outcomes(bench_of(guests), [flagship()])
     assert whole(selinux, ENFORCING)
     assert [a.reason for a in attempts(selinux.arm(PERMISSIVE)).values()] == ["QEMU ended"]
-    assert len(guests.selinux) == 1
+    assert len(guests.selinux) == 2
+    assert [machine.turns for machine in guests.selinux] == [
+        [f"snapshot {READY}", f"snapshot {SWITCHED}"], [f"snapshot {READY}", f"restore {READY}"],
+    ]  # fmt: skip
 
 
 def test_guests_that_die_in_every_arm_are_replaced_once(bench_of: BenchOf) -> None:
@@ -939,10 +953,16 @@ def test_a_guest_that_dies_after_its_last_attempt_is_replaced(bench_of: BenchOf)
         if arguments["request"]["path"] == "/":
             nginx.machine.running = False
 
+    guests = Guests(at("ask attempt", die_late, PERMISSIVE), which=0)
+    selinux, _ = outcomes(bench_of(guests), [flagship()])
+    assert selinux.verdict is Verdict.CONTAINED, selinux.reason
+    assert [machine.channel.lines.count("ask attempt") for machine in guests.selinux] == [2, 4], (
+        "a logging arm without the enforcing one that it went on from counts for nothing"
+    )
     guests = Guests(at("ask attempt", die_late, ENFORCING), which=0)
     selinux, _ = outcomes(bench_of(guests), [flagship()])
     assert selinux.verdict is Verdict.CONTAINED, selinux.reason
-    assert len(guests.selinux) == 2
+    assert len(guests.selinux) == 1, "no arm is left"
 
 
 def test_what_was_proved_stays_where_a_guest_does_not_end_well(
@@ -1057,11 +1077,9 @@ def test_steps_after_the_start_are_done_in_each_arm(bench_of: BenchOf) -> None:
     outcomes(bench_of(guests), [flagship(after_start=[{"run": ["usermod", "late"]}])])
     (lines,) = guests.lines()
     where = [n for n, line in enumerate(lines) if line == "usermod late"]
-    assert len(where) == 2
-    for n in where:
-        assert lines[n - 1 : n + 2] == [
-            "ask start_unit", "usermod late", "write /sys/fs/selinux/commit_pending_bools",
-        ]  # fmt: skip
+    assert [lines[n - 1] for n in where] == ["ask start_unit"] * 2
+    # What was logged once is logged again: in permissive mode only where the cache is flushed
+    assert [lines[n + 1] for n in where] == ["ask permissive", "write /sys/fs/selinux/commit_pending_bools"]
 
 
 def test_a_step_after_the_start_that_fails_is_named(bench_of: BenchOf) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 import threading
@@ -10,13 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 from entries import Notes, put_image
 
 from lsmlab import cache, discovery, host, paths
 from lsmlab.errors import HostError, ImageError
-from lsmlab.image import build, debian, policy
+from lsmlab.image import build, debian, policy, profile
 from lsmlab.image.build import Image
 from lsmlab.lab import Lab
 
@@ -489,3 +491,129 @@ def test_a_damaged_policy_is_compiled_anew(compiled: Callable[[str], bytes]) -> 
     (folder / "policy").write_bytes(b"policy !")
     assert compiled("one") == b"policy 2"
     assert compiled("one") == b"policy 2"
+
+
+# Compiled profiles
+
+
+@pytest.mark.parametrize(
+    ("line", "elsewhere"),
+    [
+        ("##included <tunables/global>", False),
+        ("##failed include <local/nginx>", False),
+        ("##skipped duplicate include <abstractions/base>", False),
+        ("  /srv/** r, # ##included", False),
+        ('##included "/srv/rules"', True),
+        ("##failed include </srv/rules>", True),
+        ("##failed include <../../srv/rules>", True),
+        ('##included "srv/rules"', True),
+        ("##included srv/rules", True),
+    ],
+)
+def test_what_a_profile_includes_from_elsewhere(line: str, *, elsewhere: bool) -> None:
+    text = f"\n\n##included <abstractions/base>\n{line}\nprofile x {{ }}\n"
+    assert profile.leads_elsewhere(text) is elsewhere
+    assert profile.leads_elsewhere("profile x {}\n"), "no include is shown: of another parser, perhaps"
+
+
+class Parser:
+    """Stands for the image's parser in its namespace; what it was asked, and what it finds."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, bytes]] = []
+        self.text = "##included <abstractions/base>\n"
+        self.names = b"nginx\nnginx//child\n"
+        self.error: Exception | None = None
+
+    def __call__(self, argv: Sequence[str], **_: object) -> bytes:
+        work = Path(argv[-3])
+        files = work / "files"
+        self.asked.append({str(p.relative_to(files)): p.read_bytes() for p in files.rglob("*") if p.is_file()})
+        assert (work / "kernel-features").read_text("ascii").startswith("caps {")
+        if self.error is not None:
+            raise self.error
+        for name in ("enforce", "complain"):
+            (work / name).write_text(f"{name} {len(self.asked)}")
+        (work / "names").write_bytes(self.names)
+        (work / "text").write_text(self.text)
+        return b""
+
+
+@pytest.fixture
+def parser(monkeypatch: pytest.MonkeyPatch) -> Parser:
+    made = Parser()
+    monkeypatch.setattr(host, "in_namespace", list)
+    monkeypatch.setattr(host, "run", made)
+    return made
+
+
+FEATURES = "caps {mask {chown\n}\n}\nfile {mask {read\n}\n}\npolicy {versions {v5 {yes\n}\n}\n}\n"
+NGINX = {"/etc/apparmor.d/nginx": b"profile nginx {}"}
+
+
+def compiled_profile(
+    image_digest: str = "one", features: Any = FEATURES, path: str = "/etc/apparmor.d/nginx", **written: bytes
+) -> profile.Compiled | None:
+    files = {**NGINX, **{f"/etc/apparmor.d/local/{name}": data for name, data in written.items()}}
+    return profile.compile_file(Path("/tree.tar"), image_digest, features, files, path)
+
+
+def test_a_profile_is_compiled_once_for_all_that_goes_in(parser: Parser) -> None:
+    first = compiled_profile()
+    assert first == profile.Compiled(b"enforce 1", b"complain 1", ("nginx", "nginx//child")) == compiled_profile()
+    others = [
+        compiled_profile("two"), compiled_profile(features=FEATURES.replace("chown", "kill")),
+        compiled_profile(path="/etc/apparmor.d/other"), compiled_profile(a=b"x"), compiled_profile(a=b"y"),
+    ]  # fmt: skip
+    assert [one.enforce for one in others if one] == [f"enforce {n}".encode() for n in range(2, 7)]
+    assert parser.asked[4] == {"nginx": b"profile nginx {}", "local/a": b"x"}
+    assert compiled_profile() == first
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/ld.so.preload", "/usr/lib/x86_64-linux-gnu/libm.so.6", "/etc/apparmor.d/../ld.so.preload", "//etc/x", "/a"],
+)
+def test_what_is_no_profile_is_not_laid_out_for_the_parser(parser: Parser, path: str) -> None:
+    """The parser runs on this machine: what a scenario writes in a guest is not to be run by it."""
+    profile.compile_file(Path("/tree.tar"), "one", FEATURES, {**NGINX, path: b"x"}, "/etc/apparmor.d/nginx")
+    assert parser.asked == [{"nginx": b"profile nginx {}"}]
+
+
+def test_the_last_of_two_that_write_one_profile_counts(parser: Parser) -> None:
+    written = {**NGINX, "/etc//apparmor.d/./nginx": b"profile z {}", "/etc/apparmor.d/x/../nginx": b"profile a {}"}
+    profile.compile_file(Path("/tree.tar"), "one", FEATURES, written, "/etc/apparmor.d/nginx")
+    assert parser.asked == [{"nginx": b"profile a {}"}]
+
+
+@pytest.mark.parametrize("features", [None, "", "nonsense", 7, FEATURES + "{", FEATURES + "é", FEATURES * 200])
+def test_what_the_kernel_is_able_to_has_to_be_known(parser: Parser, features: Any) -> None:
+    assert compiled_profile(features=features) is None
+    settings = {**NGINX, "/etc/apparmor/parser.conf": b"Include /srv"}
+    assert profile.compile_file(Path("/tree.tar"), "one", FEATURES, settings, "/etc/apparmor.d/nginx") is None
+    assert parser.asked == []
+
+
+def test_what_this_machine_cannot_know_a_guest_is_asked(parser: Parser) -> None:
+    parser.text = '##included "/srv/rules"\n'
+    assert compiled_profile() is None
+    assert compiled_profile() is None
+    assert len(parser.asked) == 1, "that is known the next time"
+    for error in (HostError("compiling an AppArmor profile failed (1)"), OSError(errno.ENOTDIR, "Not a directory")):
+        parser.error = error
+        assert compiled_profile(a=b"x") is None
+    parser.error, parser.text = None, "##included <a>"
+    assert compiled_profile(a=b"x") is not None, "what failed is tried again"
+    parser.names = b"\n"
+    assert compiled_profile(a=b"y") is None, "no profile is in it"
+    parser.names = b"\xff"
+    assert compiled_profile(a=b"z") is not None
+
+
+def test_a_damaged_profile_is_compiled_anew(parser: Parser) -> None:
+    compiled_profile()
+    (folder,) = (paths.cache() / "policies").iterdir()
+    (folder / "enforce").write_bytes(b"enforce !")
+    found = compiled_profile()
+    assert found is not None
+    assert (found.enforce, len(parser.asked)) == (b"enforce 2", 2)

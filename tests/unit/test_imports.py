@@ -55,7 +55,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "machine machine.base machine.hardware",
         "machine.qemu",
         "machine.accel",
-        "image image.policy image.probe image.qcow2 image.seed image.signed image.step",
+        "image image.policy image.probe image.profile image.qcow2 image.seed image.signed image.step",
         "image.debian image.cloud",
         "image.container",
         "image.build",

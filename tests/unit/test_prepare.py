@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import audit_state, mode, subject, target, wire
+from builders import audit_state, mode, scenario, subject, target, wire
 
 from fakes import IMAGE, Answer, ScriptedChannel, said
-from lsmlab import prepare
+from lsmlab import discovery, prepare
 from lsmlab.errors import ChannelError, FrameworkError, LsmlabError, PolicyError, SetupError
 from lsmlab.framework import FRAMEWORKS
 from lsmlab.framework.apparmor import Apparmor
 from lsmlab.framework.base import PolicyUnderTest
 from lsmlab.framework.selinux import Selinux
 from lsmlab.image import policy as native
+from lsmlab.image import profile as profiles
 from lsmlab.scenario import Step
 from lsmlab.terms import Arm
 
 PERMISSIVE, ENFORCING = Arm.SELINUX_PERMISSIVE, Arm.SELINUX_ENFORCING
 COMPLAIN, ENFORCE = Arm.APPARMOR_COMPLAIN, Arm.APPARMOR_ENFORCE
+JOIN = {"join": {"user": "www-data", "group": "shadow"}}
+WRITE = {"write": {"path": "/srv/a", "content": "x"}}
 DONE: list[tuple[str, Answer]] = [(r"touch |cp ", said())]
 
 
@@ -151,7 +155,7 @@ def in_mode(arm: Arm, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(("arm", "written"), [(PERMISSIVE, b"0"), (ENFORCING, b"1")])
 def test_selinux_enters_a_mode_and_reads_it_back(arm: Arm, written: bytes) -> None:
     channel = ScriptedChannel(asked={"mode": in_mode(arm)})
-    Selinux().enter(channel, arm, PolicyUnderTest())
+    Selinux().enter(channel, arm, IMAGE, PolicyUnderTest())
     assert channel.written == {"/sys/fs/selinux/enforce": written}
     assert channel.lines == ["write /sys/fs/selinux/enforce", "ask mode"]
 
@@ -161,22 +165,27 @@ def test_selinux_enters_a_mode_and_reads_it_back(arm: Arm, written: bytes) -> No
 def test_selinux_in_another_mode_is_an_error(arm: Arm, found: Arm) -> None:
     channel = ScriptedChannel(asked={"mode": in_mode(found)})
     if arm is found:
-        Selinux().enter(channel, arm, PolicyUnderTest())
+        Selinux().enter(channel, arm, IMAGE, PolicyUnderTest())
         return
     with pytest.raises(FrameworkError, match=f"{int(arm.enforcing)} was written, and the mode is (None|True|False)"):
-        Selinux().enter(channel, arm, PolicyUnderTest())
+        Selinux().enter(channel, arm, IMAGE, PolicyUnderTest())
 
 
 @pytest.mark.parametrize("answer", [None, {}, {**in_mode(ENFORCING), "selinux_enforcing": "1"}], ids=str)
 def test_selinuxs_mode_is_not_guessed(answer: object) -> None:
     with pytest.raises(ChannelError, match="the agent answered nonsense"):
-        Selinux().enter(ScriptedChannel(asked={"mode": answer}), ENFORCING, PolicyUnderTest())
+        Selinux().enter(ScriptedChannel(asked={"mode": answer}), ENFORCING, IMAGE, PolicyUnderTest())
 
 
-def test_selinux_forgets_its_cached_decisions_last() -> None:
-    channel = ScriptedChannel()
-    Selinux().settle(channel, PERMISSIVE)
-    assert channel.written == {"/sys/fs/selinux/commit_pending_bools": b"1"}
+@pytest.mark.parametrize("arm", [PERMISSIVE, ENFORCING])
+@pytest.mark.parametrize("started", [True, False])
+@pytest.mark.parametrize("permissive", [True, False])
+def test_selinux_forgets_what_it_has_logged_where_it_logs_once(arm: Arm, *, started: bool, permissive: bool) -> None:
+    channel = ScriptedChannel(asked={"permissive": permissive})
+    Selinux().settle(channel, arm, "nginx.service", started=started)
+    flushed = permissive or (started and arm is PERMISSIVE)
+    assert channel.written == ({"/sys/fs/selinux/commit_pending_bools": b"1"} if flushed else {})
+    assert all(asked == {"unit": "nginx.service"} for asked in channel.asked_for("permissive"))
 
 
 def test_selinux_loads_what_was_compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +262,7 @@ def test_apparmors_profiles_are_written_before_any_is_loaded(profile: Path) -> N
 def test_apparmor_enters_a_mode_and_reads_it_back(profile: Path, arm: Arm, option: str) -> None:
     loaded = {"nginx": "complain" if arm is COMPLAIN else "enforce", "lsb_release": "enforce"}
     channel = apparmor_channel(loaded)
-    Apparmor().enter(channel, arm, PolicyUnderTest(apparmor_profiles=(profile,)))
+    Apparmor().enter(channel, arm, IMAGE, PolicyUnderTest(apparmor_profiles=(profile,)))
     assert channel.lines == [
         f"apparmor_parser --replace {option}/etc/apparmor.d/nginx.apparmor",
         "apparmor_parser --names /etc/apparmor.d/nginx.apparmor",
@@ -279,10 +288,10 @@ def test_apparmor_in_another_mode_is_an_error(
     channel = apparmor_channel(loaded, names=names)
     policy = PolicyUnderTest(apparmor_profiles=(profile,))
     if not words:
-        Apparmor().enter(channel, arm, policy)
+        Apparmor().enter(channel, arm, IMAGE, policy)
         return
     with pytest.raises(FrameworkError) as caught:
-        Apparmor().enter(channel, arm, policy)
+        Apparmor().enter(channel, arm, IMAGE, policy)
     assert caught.value.message.startswith(words)
 
 
@@ -290,14 +299,14 @@ def test_a_kernel_without_apparmor_has_no_profile(profile: Path) -> None:
     channel = apparmor_channel({})
     channel._asked["mode"] = in_mode(Arm.DAC)
     with pytest.raises(FrameworkError, match="it is not loaded"):
-        Apparmor().enter(channel, ENFORCE, PolicyUnderTest(apparmor_profiles=(profile,)))
+        Apparmor().enter(channel, ENFORCE, IMAGE, PolicyUnderTest(apparmor_profiles=(profile,)))
 
 
 def test_apparmors_modes_are_not_guessed(profile: Path) -> None:
     channel = apparmor_channel({})
     channel._asked["mode"] = {"profiles": {"nginx": "enforce"}}
     with pytest.raises(ChannelError, match="the agent answered nonsense: lsm: Field required"):
-        Apparmor().enter(channel, ENFORCE, PolicyUnderTest(apparmor_profiles=(profile,)))
+        Apparmor().enter(channel, ENFORCE, IMAGE, PolicyUnderTest(apparmor_profiles=(profile,)))
 
 
 @pytest.mark.parametrize(
@@ -313,8 +322,80 @@ def test_apparmors_modes_are_not_guessed(profile: Path) -> None:
 def test_a_profile_that_does_not_compile_is_said_with_its_file_here(profile: Path, answer: Answer, words: str) -> None:
     channel = apparmor_channel({}, answers=((r"apparmor_parser --replace ", answer),))
     with pytest.raises(PolicyError) as caught:
-        Apparmor().enter(channel, ENFORCE, PolicyUnderTest(apparmor_profiles=(profile,)))
+        Apparmor().enter(channel, ENFORCE, IMAGE, PolicyUnderTest(apparmor_profiles=(profile,)))
     assert caught.value.message == words.format(profile)
+
+
+COMPILED = profiles.Compiled(b"as it is written", b"complaining", ("nginx", "nginx//child"))
+
+
+@pytest.mark.parametrize(("arm", "data"), [(COMPLAIN, b"complaining"), (ENFORCE, b"as it is written")])
+def test_a_profile_that_is_compiled_here_is_only_loaded_there(
+    profile: Path, arm: Arm, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def compile_file(*given: Any) -> profiles.Compiled:
+        asked.append(given)
+        return COMPILED
+
+    monkeypatch.setattr(profiles, "compile_file", compile_file)
+    state = "complain" if arm is COMPLAIN else "enforce"
+    loaded = in_mode(arm, profiles={"nginx": state, "nginx//child": state})
+    channel = ScriptedChannel(asked={"mode": loaded, "apparmor_features": "caps {}"})
+    path = "/etc/apparmor.d/nginx.apparmor"
+    written = {path: b"profile nginx { } # as it was read", "/etc/apparmor.d/local/nginx": b"/x r,\n"}
+    policy = PolicyUnderTest(apparmor_profiles=(profile,), written=written)
+    Apparmor().enter(channel, arm, IMAGE, policy)
+    assert channel.written == {"/sys/kernel/security/apparmor/.replace": data}
+    assert asked == [(IMAGE.policy_tree, IMAGE.digest, "caps {}", written, path)]
+    Apparmor().load(channel, IMAGE, policy)
+    assert channel.written[path] == written[path], "the guest has what was compiled, whatever is in the file by now"
+    lacking = ScriptedChannel(asked={"mode": in_mode(arm, profiles={"nginx": state}), "apparmor_features": ""})
+    with pytest.raises(FrameworkError, match="profile nginx//child: the kernel says 'it is not loaded'"):
+        Apparmor().enter(lacking, arm, IMAGE, PolicyUnderTest(apparmor_profiles=(profile,), written={}))
+
+
+def test_a_profile_is_compiled_there_where_this_machine_cannot_know(
+    profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiles, "compile_file", lambda *_: None)
+    downloaded = dataclasses.replace(IMAGE, files=frozenset({"disk.qcow2"}))
+    for image, written in ((IMAGE, {}), (IMAGE, None), (None, {}), (downloaded, {})):
+        channel = apparmor_channel({"nginx": "enforce"})
+        channel._asked["apparmor_features"] = "caps {}"
+        Apparmor().enter(channel, ENFORCE, image, PolicyUnderTest(apparmor_profiles=(profile,), written=written))
+        assert "apparmor_parser --replace /etc/apparmor.d/nginx.apparmor" in channel.lines
+        assert channel.written == {}
+
+
+def test_a_file_that_has_no_profile_is_an_error(profile: Path) -> None:
+    channel = apparmor_channel({}, names="\n")
+    with pytest.raises(PolicyError, match="nginx\\.apparmor: apparmor_parser loads no profile of it"):
+        Apparmor().enter(channel, ENFORCE, IMAGE, PolicyUnderTest(apparmor_profiles=(profile,)))
+
+
+def test_what_the_set_up_writes_is_known_where_it_runs_no_command(profile: Path) -> None:
+    lab = discovery.load_lab("debian-13")
+    path = "/etc/apparmor.d/nginx.apparmor"
+    over = {"write": {"path": path, "content": "x"}}
+    for steps_, last in (([JOIN], b"profile nginx {}\n"), ([over], b"x")):
+        known = scenario(setup=steps_, apparmor={"profiles": [profile]})
+        assert prepare.plan_of(known, lab).policy.written == {path: last}
+    joins, commands = scenario(setup=[JOIN, WRITE]), scenario(setup=[WRITE, {"run": ["true"]}])
+    assert prepare.plan_of(joins, lab).policy.written == {"/srv/a": b"x"}
+    assert prepare.plan_of(scenario(), lab).policy.written == {}
+    assert prepare.plan_of(commands, lab).policy.written is None
+
+
+def test_a_user_joins_a_group_in_its_turn() -> None:
+    channel = ScriptedChannel(DONE, {"relabel": None, "join": None})
+    prepare.do_steps(channel, steps("/srv/a", JOIN, run_step("touch", "1")), "setup")
+    assert channel.lines == ["write /srv/a", "ask join", "ask relabel", "touch 1"]
+    assert channel.asked_for("join") == [{"user": "www-data", "group": "shadow"}]
+    refused = ScriptedChannel(asked={"join": ChannelError("/etc/group has no group 'shadow'")})
+    with pytest.raises(SetupError, match="setup, step 1: /etc/group has no group 'shadow'"):
+        prepare.do_steps(refused, steps(JOIN), "setup")
 
 
 # The whole way
@@ -322,18 +403,18 @@ def test_a_profile_that_does_not_compile_is_said_with_its_file_here(profile: Pat
 
 @pytest.mark.parametrize("arm", list(Arm))
 def test_every_arm_has_a_driver_that_loads_enters_and_settles(arm: Arm) -> None:
-    channel = ScriptedChannel(asked={"mode": in_mode(arm)})
+    channel = ScriptedChannel(asked={"mode": in_mode(arm), "permissive": False})
     driver = FRAMEWORKS[arm.framework]
     driver.load(channel, IMAGE, PolicyUnderTest())
-    driver.enter(channel, arm, PolicyUnderTest())
-    driver.settle(channel, arm)
+    driver.enter(channel, arm, IMAGE, PolicyUnderTest())
+    driver.settle(channel, arm, "nginx.service", started=True)
     assert (arm is Arm.DAC) == (channel.lines == [])
 
 
 def bringing(**asked: Any) -> ScriptedChannel:
     questions = {
         "clock": None, "relabel": None, "pids": [481], "audit_state": audit_state(), "mode": in_mode(PERMISSIVE),
-        "start_unit": "",
+        "start_unit": "", "permissive": False,
     }  # fmt: skip
     return ScriptedChannel([(r"systemctl |touch ", said())], {**questions, **asked})
 
@@ -349,19 +430,15 @@ def test_a_guest_is_brought_into_an_arm() -> None:
     assert found == prepare.Prepared(service_active=True, setup_denials=())
     assert channel.lines == [
         "ask clock", "write /run/lsmlab-arm", "ask pids", "write /srv/a", "ask relabel", "ask pids",
-        "systemctl stop nginx.service",
-        "ask clock", "write /run/lsmlab-arm", "write /sys/fs/selinux/enforce", "ask mode", "ask audit_state",
+        "systemctl stop nginx.service", "write /sys/fs/selinux/enforce", "ask mode", "ask audit_state",
         "ask start_unit", "touch late", "write /sys/fs/selinux/commit_pending_bools",
     ]  # fmt: skip
 
 
 def test_a_guest_is_switched_with_the_service_running() -> None:
     channel = bringing()
-    prepare.enter(channel, PERMISSIVE, PLAN, start=False)
-    assert channel.lines == [
-        "ask clock", "write /run/lsmlab-arm", "write /sys/fs/selinux/enforce", "ask mode",
-        "write /sys/fs/selinux/commit_pending_bools",
-    ]  # fmt: skip
+    prepare.enter(channel, PERMISSIVE, PLAN, IMAGE, start=False)
+    assert channel.lines == ["write /sys/fs/selinux/enforce", "ask mode", "ask permissive"]
     assert channel.written["/sys/fs/selinux/enforce"] == b"0"
 
 
@@ -398,9 +475,8 @@ def test_when_the_service_is_started_in_the_arms_mode(
 
 def test_where_nothing_is_to_be_started_nothing_is() -> None:
     channel = bringing()
-    found = prepare.enter(channel, PERMISSIVE, PLAN, start=False)
+    found = prepare.enter(channel, PERMISSIVE, PLAN, IMAGE, start=False)
     assert found == prepare.Prepared(service_active=False, setup_denials=())
-    assert channel.lines[-1] == "write /sys/fs/selinux/commit_pending_bools"
     assert not [line for line in channel.lines if line.startswith(("systemctl", "ask start_unit", "touch"))]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import socket
 import subprocess
 import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -146,3 +148,19 @@ def greet(monitor: socket.socket) -> None:
         monitor.sendall(json.dumps({"QMP": {"version": version, "capabilities": []}}).encode() + b"\r\n")
         while asked := monitor.recv(1 << 16):
             monitor.sendall(json.dumps({"return": {}, "id": json.loads(asked).get("id")}).encode() + b"\r\n")
+
+
+def test_a_guest_that_gives_way_has_less_weight() -> None:
+    with subprocess.Popen(["sleep", "100"], start_new_session=True) as process:
+        try:
+            guest = QemuMachine("guest", process, MagicMock(), MagicMock())
+            guest.give_way()
+            before = os.getpriority(os.PRIO_PROCESS, 0)
+            assert os.getpriority(os.PRIO_PROCESS, process.pid) == min(before + qemu.GIVING_WAY, 19)
+            group = Path(f"/proc/{process.pid}/autogroup")
+            if group.exists():
+                assert group.read_text("ascii").split()[-1] == str(qemu.GIVING_WAY)
+        finally:
+            process.kill()
+        process.wait()
+        guest.give_way()  # it has ended: nothing to be said

@@ -63,6 +63,9 @@ class Guests:
         path.write_bytes(b"RAM")
         self.saving()
 
+    def give_way(self) -> None:
+        """See `QemuMachine.give_way`."""
+
     def stop(self) -> None:
         """See `Machine.stop`."""
         self.running -= 1

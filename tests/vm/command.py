@@ -101,16 +101,6 @@ def gone_within(pids: set[int], seconds: float) -> float:
     return time.monotonic() - begin
 
 
-def wait_for_guest(process: subprocess.Popen[str], seconds: float = 120) -> set[int]:
-    """Wait until the command has a guest; their processes."""
-    deadline = time.monotonic() + seconds
-    while not (found := guests_of(process.pid)):
-        assert process.poll() is None, f"ended before it had a guest: {process.communicate()}"
-        assert time.monotonic() < deadline, "no guest"
-        time.sleep(0.02)
-    return found
-
-
 def kill(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> str:
     """Signal the command and collect it; what it printed on stderr."""
     process.send_signal(number)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command import environment, gone_within, guests_of, kill, lsmlab, outcomes, scratch, start, wait_for_guest
+from command import environment, gone_within, guests_of, kill, lsmlab, outcomes, scratch, start
 
 from lsmlab import discovery, host, paths
 from lsmlab.errors import MachineError
@@ -53,7 +53,7 @@ def kill_at_random(state: Path, times: int, longest: float) -> list[float]:
 
 
 def test_kill_9_takes_the_guests_along_and_loses_nothing(tmp_path: Path) -> None:
-    kill_at_random(tmp_path, 6, 14)
+    kill_at_random(tmp_path, 6, 5)
     done = lsmlab(*FLAGSHIP, "--json", "-", env=environment(tmp_path))
     assert all(o["verdict"] == "CONTAINED" for o in outcomes(done.stdout).values())
     assert scratch() == set(), "the next run sweeps what the killed ones left"
@@ -62,7 +62,7 @@ def test_kill_9_takes_the_guests_along_and_loses_nothing(tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_kill_9_a_hundred_times(tmp_path: Path) -> None:
-    lasted = kill_at_random(tmp_path, 100, 14)
+    lasted = kill_at_random(tmp_path, 100, 5)
     kept = Store(tmp_path / "lsmlab" / "outcomes.sqlite").count()
     sys.stderr.write(f"100 runs killed; guests gone after {max(lasted):.2f} s at the most; {kept} outcomes kept\n")
     done = lsmlab(*FLAGSHIP, "--json", "-", env=environment(tmp_path))
@@ -71,13 +71,19 @@ def test_kill_9_a_hundred_times(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    "moment", [pytest.param(0.0, marks=pytest.mark.slow), pytest.param(2.5, marks=pytest.mark.slow), 6.0]
+    "step",
+    [
+        pytest.param("starting the guest", marks=pytest.mark.slow),
+        pytest.param("mode, service", marks=pytest.mark.slow),
+        "attack read-shadow",
+    ],
 )
-def test_an_interrupted_run_cleans_up(tmp_path: Path, number: signal.Signals, moment: float) -> None:
+def test_an_interrupted_run_cleans_up(tmp_path: Path, number: signal.Signals, step: str) -> None:
     process = start(*FLAGSHIP, env=environment(tmp_path))
-    guests = wait_for_guest(process)
-    time.sleep(moment)
-    guests |= guests_of(process.pid)
+    assert process.stderr is not None
+    line = next((line for line in process.stderr if step in line), "")
+    assert line, f"the run never came to: {step}"
+    guests = guests_of(process.pid)
     words = kill(process, number)
     assert process.returncode == 2, words
     assert words.rstrip().endswith("lsmlab: interrupted; outcomes recorded so far are kept"), words

@@ -163,7 +163,7 @@ def _interrupted(lab: str, env: dict[str, str]) -> None:
 def _refused_without_leave(lab: str, env: dict[str, str]) -> None:
     said = lsmlab("run", FLAGSHIP, "--lab", lab, env=env, code=4).stderr
     assert "say `--allow-changes` to allow this" in said
-    assert "usermod --append --groups shadow www-data" in said
+    assert "www-data is made a member of the group shadow" in said
     assert "is labelled bin_t" in said
     said = lsmlab("run", FLAGSHIP, "--lab", lab, "-f", "apparmor", "--allow-changes", env=env, code=4).stderr
     assert "has no AppArmor; it has: selinux" in said

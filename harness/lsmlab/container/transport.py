@@ -87,7 +87,7 @@ def read_response(data: bytes, what: str) -> requests.Response:
     try:
         source.begin()
         body = source.read()
-    except (http.client.HTTPException, ValueError, OSError) as error:
+    except (http.client.HTTPException, ValueError, OverflowError, OSError) as error:  # a chunk of no size there is
         raise EngineError(f"{what}: the container engine's answer is no whole HTTP: {error!r:.200}") from error
     if source.length:  # http.client takes a body that ends early, where it was read to its end
         raise EngineError(f"{what}: the container engine's answer ended {source.length} bytes early")

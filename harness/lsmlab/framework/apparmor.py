@@ -1,4 +1,5 @@
-"""AppArmor in a guest: profiles are loaded, in complain mode or as they are written, and read back."""
+"""AppArmor in a guest: profiles are compiled on the host where that is the same, loaded, in complain mode or as they
+are written, and read back."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from lsmlab import facts
 from lsmlab.channel.base import Channel
 from lsmlab.errors import FrameworkError, PolicyError
 from lsmlab.framework.base import PolicyUnderTest
+from lsmlab.image import profile as native
 from lsmlab.image.build import Image
 from lsmlab.scenario import read_file
 from lsmlab.terms import Arm
@@ -22,11 +24,13 @@ class Apparmor:
     def load(self, channel: Channel, image: Image | None, policy: PolicyUnderTest) -> None:
         """Write the profiles into /etc/apparmor.d and have quiet denials audited. `enter` loads them."""
         for profile in policy.apparmor_profiles:
-            channel.write_file(f"{FOLDER}/{profile.name}", read_file(profile))
+            path = f"{FOLDER}/{profile.name}"
+            known = (policy.written or {}).get(path)
+            channel.write_file(path, read_file(profile) if known is None else known)
         # An explicit `deny` refuses silently; noquiet has it logged (Documentation/admin-guide/LSM/apparmor.rst)
         channel.write_file("/sys/module/apparmor/parameters/audit", b"noquiet")
 
-    def enter(self, channel: Channel, arm: Arm, policy: PolicyUnderTest) -> None:
+    def enter(self, channel: Channel, arm: Arm, image: Image | None, policy: PolicyUnderTest) -> None:
         """Load each profile, under complain where that is the arm, and see that the kernel has it.
 
         In the arm of an unconfined subject none is loaded, and those that were loaded from boot are removed.
@@ -39,16 +43,36 @@ class Apparmor:
             if arm.unconfined:
                 self._unload(channel, path)
                 continue
-            mode = ["--Complain"] if arm.logging else []
-            done = channel.run(["apparmor_parser", "--replace", *mode, path])
-            if not done.ok:
-                words = done.err.strip().replace(path, source)
-                raise PolicyError(f"{source}: apparmor_parser: {words or done.ended()}")
-            names, loaded = self._names(channel, path), self._loaded(channel)
+            compiled = self._compiled(channel, image, policy, path)
+            if compiled is None:
+                names = self._parse(channel, arm, path, source)
+            else:
+                names = compiled.names
+                channel.write_file(f"{KERNEL}/.replace", compiled.complain if arm.logging else compiled.enforce)
+            if not names:
+                raise PolicyError(f"{source}: apparmor_parser loads no profile of it")
+            loaded = self._loaded(channel)
             for name in names:
                 state = loaded.get(name)
-                if state is None or (mode and state != "complain"):
+                if state is None or (arm.logging and state != "complain"):
                     raise FrameworkError(f"profile {name}: the kernel says {state or 'it is not loaded'!r}")
+
+    @staticmethod
+    def _compiled(channel: Channel, image: Image | None, policy: PolicyUnderTest, path: str) -> native.Compiled | None:
+        """`path` compiled on this machine, where that is sure to be what the guest's parser would make of it."""
+        if image is None or image.policy_tree is None or policy.written is None:
+            return None
+        features = channel.ask("apparmor_features")
+        return native.compile_file(image.policy_tree, image.digest, features, policy.written, path)
+
+    def _parse(self, channel: Channel, arm: Arm, path: str, source: str) -> Sequence[str]:
+        """Have the guest's own parser compile and load `path`; the profiles in it."""
+        mode = ["--Complain"] if arm.logging else []
+        done = channel.run(["apparmor_parser", "--replace", *mode, path])
+        if not done.ok:
+            words = done.err.strip().replace(path, source)
+            raise PolicyError(f"{source}: apparmor_parser: {words or done.ended()}")
+        return self._names(channel, path)
 
     def _remove(self, channel: Channel, names: Sequence[str]) -> None:
         """Remove those that are loaded, of which there are no sources."""
@@ -80,5 +104,5 @@ class Apparmor:
     def unconfine(self, channel: Channel, program: str) -> None:
         """Nothing more to do: `enter` has loaded no profile."""
 
-    def settle(self, channel: Channel, arm: Arm) -> None:
+    def settle(self, channel: Channel, arm: Arm, unit: str, *, started: bool) -> None:
         """Nothing is cached but capability denials, for a second (security/apparmor/capability.c)."""

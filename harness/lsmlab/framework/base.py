@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +23,9 @@ class PolicyUnderTest:
     """Files in the guest: profiles that the distribution ships."""
     apparmor_others: tuple[str, ...] = ()
     """Names of profiles that somebody else loads, such as a container engine."""
+    written: Mapping[str, bytes] | None = None
+    """All files of the guest that are written until the service is started, the profiles among them, by path, in their
+    order and as they were read once; None: others may be changed as well."""
 
 
 class FrameworkDriver(Protocol):
@@ -31,14 +35,17 @@ class FrameworkDriver(Protocol):
         """Put `policy` into the running kernel. Compiling happens on the host, beforehand where that is possible."""
         ...
 
-    def enter(self, channel: Channel, arm: Arm, policy: PolicyUnderTest) -> None:
-        """Enter the arm's mode and read it back."""
+    def enter(self, channel: Channel, arm: Arm, image: Image | None, policy: PolicyUnderTest) -> None:
+        """Enter the arm's mode, once the set-up is done, and read it back."""
         ...
 
     def unconfine(self, channel: Channel, program: str) -> None:
         """See that the service whose unit runs `program` is started outside the policy under test."""
         ...
 
-    def settle(self, channel: Channel, arm: Arm) -> None:
-        """Last thing before the snapshot that attempts start from: forget cached decisions, so that all are logged."""
+    def settle(self, channel: Channel, arm: Arm, unit: str, *, started: bool) -> None:
+        """Last thing before the snapshot that attempts start from: forget what was logged, so that all is logged again.
+
+        `started`: in this very arm, `unit` was.
+        """
         ...

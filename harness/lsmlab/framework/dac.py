@@ -14,11 +14,11 @@ class NoFramework:
     def load(self, channel: Channel, image: Image | None, policy: PolicyUnderTest) -> None:
         """Nothing to load."""
 
-    def enter(self, channel: Channel, arm: Arm, policy: PolicyUnderTest) -> None:
+    def enter(self, channel: Channel, arm: Arm, image: Image | None, policy: PolicyUnderTest) -> None:
         """No mode to enter: that no framework is active is read at every attempt."""
 
     def unconfine(self, channel: Channel, program: str) -> None:
         """Nothing confines it."""
 
-    def settle(self, channel: Channel, arm: Arm) -> None:
+    def settle(self, channel: Channel, arm: Arm, unit: str, *, started: bool) -> None:
         """Nothing is cached."""

@@ -55,7 +55,7 @@ class Selinux:
             words = done.err.strip().replace(f"{THERE}/", "")
             raise PolicyError(f"{', '.join(str(m) for m in modules)}: does not compile:\n{words}")
 
-    def enter(self, channel: Channel, arm: Arm, policy: PolicyUnderTest) -> None:
+    def enter(self, channel: Channel, arm: Arm, image: Image | None, policy: PolicyUnderTest) -> None:
         """Write /sys/fs/selinux/enforce, as setenforce does, and read it back."""
         enforcing = not arm.logging
         wanted = "1" if enforcing else "0"
@@ -68,9 +68,12 @@ class Selinux:
         """Take away the label by which systemd's exec enters the domain: it is then unconfined, in initrc_t."""
         channel.run(["chcon", "--type", "bin_t", "--", program]).check()
 
-    def settle(self, channel: Channel, arm: Arm) -> None:
-        """Flush the access vector cache: in permissive mode a hit that was once logged is not logged again.
+    def settle(self, channel: Channel, arm: Arm, unit: str, *, started: bool) -> None:
+        """Flush the access vector cache where something may have been logged once, and would not be again.
 
-        Committing booleans, even unchanged ones, resets it (security/selinux/ss/services.c, security_set_bools).
+        What is refused is logged each time. What is only logged is then cached as granted (avc.c, avc_denied): all in
+        permissive mode, and in either mode what a permissive domain does. Committing booleans, even unchanged ones,
+        flushes (ss/services.c, security_set_bools); it counts as a new policy, so dbus-daemon reads its files anew.
         """
-        channel.write_file("/sys/fs/selinux/commit_pending_bools", b"1")
+        if (started and arm.logging) or channel.ask("permissive", unit=unit) is not False:
+            channel.write_file("/sys/fs/selinux/commit_pending_bools", b"1")

@@ -21,7 +21,9 @@ mkdir -p tree/etc/systemd/system/multi-user.target.wants
 ln -s ../lsmlab-agent.service tree/etc/systemd/system/multi-user.target.wants/
 : > tree/usr/lib/lsmlab/vehicle # what the audit rule on commands run as a service watches
 while read -r unit; do ln -sf /dev/null "tree/etc/systemd/system/$unit"; done < masked_units
-while read -r unit; do find tree/etc/systemd/system -type l -path "*.wants/$unit" -delete; done < disabled_units
+while read -r unit; do
+    find tree/etc/systemd/system tree/usr/lib/systemd/system -type l -path "*.wants/$unit" -delete
+done < disabled_units
 rm -f tree/etc/resolv.conf tree/etc/update-motd.d/*
 
 if [ -d tree/var/lib/nginx ]; then # what its first start makes anywhere: a policy need not allow that a second time

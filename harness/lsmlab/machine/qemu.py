@@ -50,6 +50,9 @@ guest's own small writes small."""
 CONSOLE_BYTES = 1 << 16
 """The console's ring buffer lies in QEMU: a guest that floods it costs nothing. A power of two."""
 
+GIVING_WAY = 3
+"""The nice value of a guest that others go before: half of their weight."""
+
 SILENT = logging.getLogger("lsmlab.qmp")
 """What the library of QMP logs to. Given a name for each guest, it would leave a logger for each in the process."""
 SILENT.disabled = True
@@ -295,6 +298,13 @@ class QemuMachine:
         which is seen a moment sooner where it is killed."""
         connected = self._client.runstate is Runstate.RUNNING and not self._agent.fault
         return connected and self._process.poll() is None
+
+    def give_way(self) -> None:
+        """Have other guests go first where processors are scarce. Where that cannot be had, nothing is said of it."""
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PGRP, self.pid, os.getpriority(os.PRIO_PROCESS, self.pid) + GIVING_WAY)
+            # Where the kernel groups processes by session, it is the group that counts (sched(7), autogroup)
+            Path(f"/proc/{self.pid}/autogroup").write_text(str(GIVING_WAY), "ascii")
 
     def monitor(self, command: str, **arguments: Any) -> Any:
         """One QMP command. Raises MachineError."""

@@ -267,6 +267,7 @@ def settle(channel: Channel, kernel: Kernel) -> None:
             f"the guest's kernel has not all audit rules of ours: none has the key {lacking[0]}",
             hint="Its evidence would have gaps. See /etc/audit/rules.d there, and what loads it.",
         )
+    channel.ask("relabel", paths=[])  # has the agent read SELinux's labels in, now and not in each run
     channel.run(["sync"]).check()
 
 
