@@ -18,7 +18,7 @@ from lsmlab.container.spec import Container
 from lsmlab.errors import ChannelError, DefinitionError, SetupError
 from lsmlab.evidence import Denial
 from lsmlab.framework import FRAMEWORKS
-from lsmlab.framework.apparmor import FOLDER
+from lsmlab.framework.apparmor import path_of
 from lsmlab.framework.base import PolicyUnderTest
 from lsmlab.framework.selinux import ENFORCE
 from lsmlab.image import container as image_for_containers
@@ -93,7 +93,7 @@ def _written(scenario: Scenario, setup: Sequence[Step]) -> dict[str, bytes] | No
     and where containers are made."""
     if scenario.subject.container or scenario.subject.beside or any(step.run is not None for step in setup):
         return None
-    own = {f"{FOLDER}/{profile.name}": read_file(profile) for profile in scenario.apparmor.profiles}
+    own = {path_of(profile): read_file(profile) for profile in scenario.apparmor.profiles}
     for step in setup:
         if step.write is not None:
             own.pop(step.write.path, None)  # the last one counts

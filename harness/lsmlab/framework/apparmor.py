@@ -4,6 +4,7 @@ are written, and read back."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from lsmlab import facts
 from lsmlab.channel.base import Channel
@@ -11,11 +12,16 @@ from lsmlab.errors import FrameworkError, PolicyError
 from lsmlab.framework.base import PolicyUnderTest
 from lsmlab.image import profile as native
 from lsmlab.image.build import Image
+from lsmlab.image.probe import FOLDER
 from lsmlab.scenario import read_file
 from lsmlab.terms import Arm
 
-FOLDER = "/etc/apparmor.d"
 KERNEL = "/sys/kernel/security/apparmor"
+
+
+def path_of(profile: Path) -> str:
+    """Where a profile of the host's lies in a guest."""
+    return f"{FOLDER}/{profile.name}"
 
 
 class Apparmor:
@@ -24,7 +30,7 @@ class Apparmor:
     def load(self, channel: Channel, image: Image | None, policy: PolicyUnderTest) -> None:
         """Write the profiles into /etc/apparmor.d and have quiet denials audited. `enter` loads them."""
         for profile in policy.apparmor_profiles:
-            path = f"{FOLDER}/{profile.name}"
+            path = path_of(profile)
             known = (policy.written or {}).get(path)
             channel.write_file(path, read_file(profile) if known is None else known)
         # An explicit `deny` refuses silently; noquiet has it logged (Documentation/admin-guide/LSM/apparmor.rst)
@@ -37,7 +43,7 @@ class Apparmor:
         """
         if arm.unconfined:
             self._remove(channel, policy.apparmor_others)
-        sources = {f"{FOLDER}/{profile.name}": str(profile) for profile in policy.apparmor_profiles}
+        sources = {path_of(profile): str(profile) for profile in policy.apparmor_profiles}
         for path in (*sources, *policy.apparmor_shipped):
             source = sources.get(path, path)
             if arm.unconfined:

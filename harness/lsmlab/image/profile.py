@@ -15,8 +15,8 @@ from typing import Any
 from lsmlab import cache, host, paths
 from lsmlab.definition import digest_of
 from lsmlab.errors import HostError
+from lsmlab.image.probe import FOLDER
 
-FOLDER = "/etc/apparmor.d"
 SETTINGS = "/etc/apparmor"
 COMPILE = """
 set -eu
@@ -114,8 +114,8 @@ def compile_file(
 
 
 def _profiles_of(written: Mapping[str, bytes]) -> dict[str, bytes] | None:
-    """Those of `written`, in its order, that are in /etc/apparmor.d, by their path there: a profile includes nothing
-    else that may be compiled here. None where the parser's own settings are written.
+    """Those of `written` that are in /etc/apparmor.d, by their path there, the last of two for the same one: a profile
+    includes nothing else that may be compiled here. None where the parser's own settings are written.
 
     What lies elsewhere is not laid out for the parser: it would run what a scenario has in place of its libraries.
     """
@@ -125,7 +125,6 @@ def _profiles_of(written: Mapping[str, bytes]) -> dict[str, bytes] | None:
         if plain.startswith(f"{SETTINGS}/"):
             return None
         if plain.startswith(f"{FOLDER}/"):
-            found.pop(plain.removeprefix(f"{FOLDER}/"), None)
             found[plain.removeprefix(f"{FOLDER}/")] = data
     return found
 
