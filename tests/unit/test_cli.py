@@ -285,6 +285,8 @@ WRONG_USAGE: list[tuple[list[str], list[str]]] = [
     (["shwo"], ["No such command 'shwo'", "'show'"]),
     (["run", "--json", "no/such/folder/out.json"], ["--json no/such/folder/out.json: cannot be written there"]),
     (["try", "--as", "nginx", "--json", "no/out.json", "--", "id"], ["--json no/out.json: cannot be written"]),
+    (["run", "--json", "--quiet"], ["--json --quiet: expected FILE, or - for standard output"]),
+    (["new", "scenario", "mine", "--at", "--json"], ["--at --json: expected FOLDER", "with its whole path"]),
     (["new", "scenario"], ["NAME"]),
     (["new", "scenario", "My First"], ["'My First' is no id", "Call it 'my-first'?"]),
     (["new", "scenario", FLAGSHIP], [f"a scenario is called '{FLAGSHIP}' already"]),

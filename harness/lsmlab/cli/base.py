@@ -134,7 +134,17 @@ def terminal_width() -> int | None:
 def see_json_target(target: Path | None) -> None:
     """See before the run that the file can be written: a run's results are not lost to a typing error."""
     if target is not None and str(target) != "-":
+        need_no_option("--json", target, "FILE, or - for standard output")
         need_writable(target, f"--json {target}")
+
+
+def need_no_option(option: str, value: Path, expected: str) -> None:
+    """See that what comes behind `option` is not another option. Raises DefinitionError."""
+    if str(value).startswith("-"):
+        raise DefinitionError(
+            f"{option} {value}: expected {expected}",
+            hint="A name that begins with - is given with its whole path.",
+        )
 
 
 def need_writable(target: Path, what: str) -> None:

@@ -22,6 +22,7 @@ from lsmlab.cli.base import (
     app,
     known,
     lab_names,
+    need_no_option,
     new_app,
     progress_shown,
     say,
@@ -133,6 +134,8 @@ def new_scenario_command(
 
         lsmlab new scenario nginx-reads-my-key --at tests/policy
     """
+    if at is not None:
+        need_no_option("--at", at, "FOLDER")
     folder = skeleton.create(name, at)
     check_it, run_it = skeleton.next_steps(folder, name)
     print(f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
