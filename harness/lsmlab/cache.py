@@ -271,6 +271,7 @@ def publish(folder: Path, target: Path, files: tuple[str, ...], about: Mapping[s
     finished.mkdir()
     for name in (*files, MANIFEST):
         (folder / name).rename(finished / name)
+    (finished / VERIFIED).write_text("{}", "utf-8")  # there already: a folder's own time is when its entry was made
     paths.make(target.parent)
     if target.exists():
         remove(target)
@@ -334,7 +335,5 @@ def _verified(target: Path) -> dict[str, Any]:
 
 
 def _remember(target: Path, seen: Mapping[str, list[Any]]) -> None:
-    draft = target / f"{VERIFIED}.new"
-    with contextlib.suppress(OSError):  # then every byte is read again the next time
-        draft.write_text(json.dumps(seen), "utf-8")
-        draft.replace(target / VERIFIED)
+    with contextlib.suppress(OSError):  # then every byte is read again the next time, as where half of it is written
+        (target / VERIFIED).write_text(json.dumps(seen), "utf-8")  # in place: nothing else touches the folder's time

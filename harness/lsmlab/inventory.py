@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -113,6 +113,21 @@ def entries() -> list[Entry]:
             elsewhere.add(entry.image)
         found.append(entry)
     return found
+
+
+def listed(found: Iterable[Entry]) -> list[list[Entry]]:
+    """`found` as it is listed: each on its own, but all policies together that stand alike. Their names say nothing."""
+    lines: dict[tuple[str, str], list[Entry]] = {}
+    for entry in found:
+        lines.setdefault((entry.kind, entry.standing() if entry.kind == POLICY else entry.name), []).append(entry)
+    return list(lines.values())
+
+
+def total(found: Sequence[Entry]) -> str:
+    """How much `found` takes, and how much it may, for people. Raises DefinitionError for a limit that is no number."""
+    words = _limit()
+    limit = f"{words} GiB are kept at most" if _limit_bytes(words) else "no limit is set"
+    return f"{sum(entry.size for entry in found) / (1 << 30):.1f} GiB in all; {limit} ({LIMIT_VARIABLE})."
 
 
 def _wanted() -> _Wanted:
@@ -231,7 +246,7 @@ class Limit:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._words = os.environ.get(LIMIT_VARIABLE, "") or LIMIT_GIB
+        self._words = _limit()
         self._bytes = _limit_bytes(self._words)
         self._said = False
 
@@ -273,6 +288,10 @@ class Limit:
         if over > 0 and not self._said:
             self._said = True
             self._progress.note(f"The cache stays {over >> 20} MiB over {limit}: the rest of it is in use.")
+
+
+def _limit() -> str:
+    return os.environ.get(LIMIT_VARIABLE, "") or LIMIT_GIB
 
 
 def _limit_bytes(words: str) -> int:

@@ -56,7 +56,7 @@ def check(target: Path, *, full: bool = True) -> str:
 
 
 def test_what_is_published_is_whole(entry: Path) -> None:
-    assert sorted(p.name for p in entry.iterdir()) == ["disk", "kernel", cache.MANIFEST]
+    assert sorted(p.name for p in entry.iterdir()) == ["disk", "kernel", cache.MANIFEST, cache.VERIFIED]
     manifest = cache.read_manifest(entry)
     assert manifest is not None
     assert {k: manifest[k] for k in ABOUT} == ABOUT
@@ -68,7 +68,7 @@ def test_what_is_published_is_whole(entry: Path) -> None:
 def test_publishing_replaces_an_older_entry(entry: Path) -> None:
     (entry / "left-over").touch()
     published(entry, disk=b"new")
-    assert sorted(p.name for p in entry.iterdir()) == ["disk", cache.MANIFEST]
+    assert sorted(p.name for p in entry.iterdir()) == ["disk", cache.MANIFEST, cache.VERIFIED]
     assert (entry / "disk").read_bytes() == b"new"
     assert check(entry) == ""
 
@@ -148,7 +148,15 @@ def test_what_was_verified_is_not_read_again(verified: Path, read: list[str]) ->
 def test_a_quick_look_reads_and_remembers_nothing(entry: Path, read: list[str]) -> None:
     assert check(entry, full=False) == ""
     assert read == []
-    assert not (entry / cache.VERIFIED).exists()
+    assert (entry / cache.VERIFIED).read_text() == "{}"
+
+
+def test_an_entry_is_as_old_as_it_was_when_it_is_verified(entry: Path) -> None:
+    os.utime(entry, (1000, 1000))
+    assert check(entry) == ""
+    (entry / cache.VERIFIED).write_text("nonsense")
+    assert check(entry) == ""
+    assert entry.stat().st_mtime == 1000
 
 
 def touch(path: Path) -> None:
@@ -247,11 +255,12 @@ def test_where_nothing_can_be_written_all_is_read_each_time(
     monkeypatch.setattr(Path, "write_text", refuse)
     assert [check(entry), check(entry)] == ["", ""]
     assert sorted(read) == ["disk", "disk", "kernel", "kernel"]
-    assert not (entry / cache.VERIFIED).exists()
+    assert (entry / cache.VERIFIED).read_text() == "{}"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_of_another_user(entry: Path, read: list[str]) -> None:
+    (entry / cache.VERIFIED).chmod(0o444)
     entry.chmod(0o555)
     try:
         assert [check(entry), check(entry)] == ["", ""]

@@ -161,6 +161,43 @@ def test_use_is_told_beside_the_status(lab: Lab) -> None:
     assert (inventory.since(entry.made), inventory.since(entry.used)) == ("3 days", "0 min")
 
 
+def test_an_entry_does_not_grow_younger_when_it_is_verified(lab: Lab) -> None:
+    old, image = put_image(lab, "a"), put_image(lab, "b")
+    age(old.folder, used=7200, made=86400 * 3)
+    manifest = cache.read_manifest(old.folder)
+    assert manifest is not None
+    verified = old.folder / cache.VERIFIED
+    before = verified.read_bytes()
+    assert not cache.damage(old.folder, manifest, full=True)
+    assert verified.read_bytes() != before
+    assert inventory.since(of(old.folder).made) == "3 days"
+    assert cache.builds(image.folder.with_name("debian-13-*")) == [image.folder, old.folder]
+
+
+def test_policies_that_stand_alike_are_listed_together(lab: Lab) -> None:
+    old, image = put_image(lab, "a", kib=KIB), put_image(lab, "b", kib=KIB)
+    age(old.folder, used=500, made=500)
+    old_one, one, other = put_policy("old", old), put_policy("one", image), put_policy("other", image)
+    two = put_policy("two", image)
+    with cache.use(other):
+        found = inventory.listed(inventory.entries())
+    assert [e.folder for e in found[0] + found[1]] == [old.folder, image.folder]
+    assert [{e.folder for e in like} for like in found[2:]] == [{old_one}, {one, two}, {other}]
+
+
+def test_how_much_there_is_in_all(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_image(lab, "a", kib=512 * KIB)
+    found = inventory.entries()
+    assert inventory.total(found) == "0.5 GiB in all; 20 GiB are kept at most (LSMLAB_CACHE_LIMIT)."
+    monkeypatch.setenv("LSMLAB_CACHE_LIMIT", "1.5")
+    assert inventory.total(found) == "0.5 GiB in all; 1.5 GiB are kept at most (LSMLAB_CACHE_LIMIT)."
+    monkeypatch.setenv("LSMLAB_CACHE_LIMIT", "0")
+    assert inventory.total(found) == "0.5 GiB in all; no limit is set (LSMLAB_CACHE_LIMIT)."
+    monkeypatch.setenv("LSMLAB_CACHE_LIMIT", "much")
+    with pytest.raises(DefinitionError, match="LSMLAB_CACHE_LIMIT=much: expected a number of GiB"):
+        inventory.total(found)
+
+
 def test_an_entry_as_json(lab: Lab) -> None:
     image = put_image(lab, kib=3 * KIB)
     age(image.folder, used=60, made=90)

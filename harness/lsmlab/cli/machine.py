@@ -101,7 +101,10 @@ def images_command(context: typer.Context, json_file: JsonOption = None) -> None
 
 @images_app.command("list")
 def images_list(json_file: JsonOption = None) -> None:
-    """List built images and saved guests: size, age, last use, whether a run would take them, whether one does now."""
+    """List built images and saved guests: size, age, last use, whether a run would take them, whether one does now.
+
+    Compiled policies that stand alike are one line: the oldest's age, the latest use. With --json each is there.
+    """
     need_linux()
     see_json_target(json_file)
     entries = inventory.entries()
@@ -113,10 +116,15 @@ def images_list(json_file: JsonOption = None) -> None:
         say("nothing is built yet: `lsmlab images build debian-13`, or any run, builds what it needs")
         return
     table = [
-        (e.kind, e.name, f"{e.mib} MiB", inventory.since(e.made), f"{inventory.since(e.used)} ago", e.standing())
-        for e in entries
-    ]
-    print(tables.plain(("kind", "name", "size", "age", "used", "status"), table))
+        (
+            like[0].kind, like[0].name if len(like) == 1 else f"{len(like)} of them",
+            f"{sum(e.size for e in like) >> 20} MiB", inventory.since(min(e.made for e in like)),
+            f"{inventory.since(max(e.used for e in like))} ago", like[0].standing(),
+        )
+        for like in inventory.listed(entries)
+    ]  # fmt: skip
+    print(tables.plain(("kind", "name", "size", "age", "used", "status"), table, terminal_width()))
+    print(f"\n{inventory.total(entries)}")
 
 
 @images_app.command("build")
