@@ -45,6 +45,8 @@ class Observation(Strict):
     errors: str
     http_status: int | None
     """None: not an http attempt, or no answer came."""
+    cut_short: bool = False
+    """An answer came, and was not read to its end: what was to come of it is not in `output`."""
     canary: str
     canary_planted: bool | None
     """None: the attempt plants none."""
@@ -111,11 +113,13 @@ Text = Annotated[str, BeforeValidator(_text)]
 
 
 class Ended(Strict):
-    """How a command or a request ended, as the agent says it. `status` is an answer's HTTP status."""
+    """How a command or a request ended, as the agent says it. `status` is an answer's HTTP status, and `cut_short` that
+    the answer was not read to its end."""
 
     exit_code: int | None = None
     signal: int | None = None
     status: int | None = None
+    cut_short: bool = False
     out: Text
     err: Text
     timed_out: bool
@@ -218,6 +222,7 @@ def make(
         output=made.result.out,
         errors=made.result.err,
         http_status=made.result.status,
+        cut_short=made.result.cut_short,
         canary=word,
         canary_planted=made.planted,
         effect_before=_shows(effect, made.effect_before),

@@ -316,6 +316,7 @@ def guest_pool(bench: Workbench, name: str) -> Iterator[concurrent.futures.Threa
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        host.go_on()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from lsmlab import paths
+from lsmlab import host, paths
 from lsmlab.errors import HostError, LsmlabError, MachineError
 
 with contextlib.suppress(ImportError):  # Windows has none, and nothing to lock: see `host.need_linux`
@@ -47,7 +47,7 @@ def lock(
     """Hold the lock file `path`; yields False where it is taken and `wait` is False.
 
     `waiting` is called once where it is taken. `check` is called before each look and once it is held: where it raises,
-    nothing is held.
+    nothing is held. Raises HostError where it is waited for, and programs are stopped (`host.stop_all`).
     """
     paths.make(path.parent)
     told = False
@@ -67,6 +67,7 @@ def lock(
         if not told:
             waiting()
             told = True
+        host.check_going_on(f"waiting for {path.name}")
         time.sleep(POLL_SECONDS)
 
 
@@ -245,10 +246,9 @@ def remove(folder: Path) -> None:
     """Delete a folder. Files of a user namespace's other ids are deleted in such a namespace. Never raises."""
     shutil.rmtree(folder, ignore_errors=True)
     if folder.exists() and os.geteuid() != 0:
-        from lsmlab import host  # noqa: PLC0415 - only where plain deletion did not do
-
         with contextlib.suppress(Exception):
-            host.run(host.in_namespace(["rm", "-rf", "--", str(folder)]), what="removing a work folder")
+            argv = host.in_namespace(["rm", "-rf", "--", str(folder)])
+            host.run(argv, what="removing a work folder", cleaning=True)
 
 
 def file_digest(path: Path) -> str:

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,12 +181,28 @@ def version(program: str, *arguments: str) -> str:
 
 
 _running: set[subprocess.Popen[bytes]] = set()
+_stopping = threading.Event()
 
 
 def stop_all() -> None:
-    """Kill every program that `run` started and still waits for: for Ctrl-C. Never raises."""
+    """Kill every program that `run` started and still waits for, and have it start no other, until `go_on`: for Ctrl-C.
+
+    Never raises.
+    """
+    _stopping.set()
     for process in list(_running):
         _kill(process)
+
+
+def go_on() -> None:
+    """Have programs be started again, once all that was to be stopped has ended."""
+    _stopping.clear()
+
+
+def check_going_on(what: str) -> None:
+    """Raise HostError, which says that `what` was interrupted, from `stop_all` on."""
+    if _stopping.is_set():
+        raise HostError(f"{what}: interrupted")
 
 
 def dying_with_us(argv: Sequence[str], *, rights: Sequence[str] = ()) -> list[str]:
@@ -244,12 +261,14 @@ def need_namespaces() -> None:
         raise HostError(error.message, hint=hint) from error
 
 
-def run(argv: Sequence[str], *, what: str, stdin: bytes = b"", timeout: float = 600) -> bytes:
+def run(argv: Sequence[str], *, what: str, stdin: bytes = b"", timeout: float = 600, cleaning: bool = False) -> bytes:
     """Run a program of this machine; its standard output. `timeout` in seconds.
 
     Raises HostError with `what`, the command and its last words. The program and its children end with us, and when
-    the wait is interrupted.
+    the wait is interrupted. `cleaning`: it is what has to be done after an interruption as well.
     """
+    if not cleaning:
+        check_going_on(what)
     process = subprocess.Popen(
         list(argv),
         env=environment(),
@@ -260,6 +279,8 @@ def run(argv: Sequence[str], *, what: str, stdin: bytes = b"", timeout: float = 
     )
     _running.add(process)
     try:
+        if not cleaning:
+            check_going_on(what)  # it may have been asked between the first look and now
         out, err = process.communicate(stdin, timeout=timeout)
     except subprocess.TimeoutExpired:
         _kill(process)

@@ -278,7 +278,7 @@ def do_steps(channel: Channel, steps: Sequence[Step], where: str) -> None:
                 unlabelled.append(_write(channel, step.write))
             if step.join is not None:
                 channel.ask("join", user=step.join.user, group=step.join.group)
-            if unlabelled and (last or step.run is not None):  # before a command may look at them: one program for all
+            if unlabelled and (last or step.run is not None):  # before a command may look at them
                 channel.ask("relabel", within=STEP_SECONDS, paths=list(dict.fromkeys(unlabelled)))
                 unlabelled.clear()
             if step.run is not None:

@@ -136,7 +136,11 @@ def run_boot(bench: Workbench, scenario: Scenario, arms: Sequence[Arm]) -> dict[
             else:
                 records[arm] = record.model_copy(update={"switched": switched.get(arm, ())})
     for arm in arms:
-        records.setdefault(arm, _broken(bench, arm, "the guest that was to run it died, twice"))
+        if arm not in records:
+            broken = _broken(
+                bench, arm, "no guest was left for it: a kernel has two, and they died or were needed for another arm"
+            )
+            records[arm] = broken.model_copy(update={"switched": switched.get(arm, ())})
     return records
 
 

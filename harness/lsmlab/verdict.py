@@ -151,6 +151,9 @@ def _sign_of_success(spec: Attempt, arm: Arm, seen: Observation, records: Sequen
         return "MAC was changed"
     if spec.canary is not None and seen.canary in seen.output:
         return "the canary came out"
+    waited_for = seen.timed_out and any(sign.timeout for sign in spec.blocked_if)
+    if seen.cut_short and not waited_for and (spec.canary is not None or spec.allowed_if.output is not None):
+        return "the answer was not read to its end: what shows a success may be in the rest"
     return ""
 
 

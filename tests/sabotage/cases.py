@@ -490,6 +490,16 @@ CASES = (
         reason="HTTP 403, and yet the canary came out",
     ),
     Sabotage(
+        id="canary-after-the-deadline",
+        breaks="the page that says 403 comes so slowly that the canary on it is not read",
+        setup=page_of_refusal("location = /refused.html { limit_rate_after 400; limit_rate 4; } error_page 403"),
+        before=f"printf '%600s\n' >> /var/www/html/refused.html; {LEAK}",
+        proof=LEAKED,
+        shows="^1$",
+        verdict=INCONCLUSIVE,
+        reason="HTTP 403, and yet the answer was not read to its end",
+    ),
+    Sabotage(
         id="canary-on-another-page",
         breaks="the attack is refused, and the canary comes out on a page of the service's own, with status 200",
         setup=page_of_refusal("error_page 403 =200"),

@@ -524,7 +524,9 @@ def test_a_domain_of_which_nothing_can_be_learned_is_taken_for_permissive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What SELinux answers a test in a guest knows; here there is none, or it answers otherwise."""
-    monkeypatch.setattr(agent, "pids", lambda _: [1, 2])
+    rested: list[str] = []
+    monkeypatch.setattr(agent, "at_rest", rested.append)
+    monkeypatch.setattr(agent, "pids", lambda _: [1, 2] if rested else [])
     monkeypatch.setattr(agent, "text_if_any", lambda path: "" if "/1/" in path else "u:r:httpd_t:s0")
     monkeypatch.setattr(agent, "ACCESS", str(tmp_path / "access"))
     monkeypatch.setattr(agent, "PROCESS_CLASS", str(tmp_path / "index"))
@@ -535,6 +537,7 @@ def test_a_domain_of_which_nothing_can_be_learned_is_taken_for_permissive(
         agent.permissive("nginx.service")
     monkeypatch.setattr(agent, "text_if_any", lambda _: "")
     assert agent.permissive("nginx.service") is False, "all have ended"
+    assert rested == ["nginx.service"] * 3
 
 
 class Restorecon:
@@ -1621,7 +1624,7 @@ def test_a_visit_gives_status_and_body(serving: Serving, status: str) -> None:
     before = descriptors()
     done = agent.visit("GET", server.port, "/", 20)
     assert (done["status"], raw(done["out"])) == (int(status[:3]), EVERY_BYTE * 1000)
-    assert (done["err"], done["timed_out"], done["too_much"]) == ("", False, False)
+    assert (done["err"], done["timed_out"], done["too_much"], done["cut_short"]) == ("", False, False, False)
     wait_until(lambda: descriptors() <= before)  # the server's own end as well
 
 
@@ -1734,6 +1737,7 @@ def test_a_server_that_drips_bytes_is_not_waited_for_longer(serving: Serving, be
     assert (done["timed_out"], done["err"]) == (True, "")
     assert text(done).startswith(out)
     assert done["status"] == (200 if out else None)
+    assert done["cut_short"] is bool(out)
 
 
 def test_a_silent_server_costs_the_whole_time_and_no_more(serving: Serving) -> None:
@@ -1804,6 +1808,7 @@ def test_what_is_no_http_is_told(serving: Serving, answer: bytes, status: int | 
     done = agent.visit("GET", server.port, "/", 20)
     assert (done["status"], text(done), done["timed_out"], done["too_much"]) == (status, out, False, False)
     assert text(done, "err") != ""
+    assert done["cut_short"] is (status is not None)
     wait_until(lambda: descriptors() <= before)
 
 

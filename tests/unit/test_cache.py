@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from lsmlab import cache, paths
+from lsmlab import cache, host, paths
 from lsmlab.errors import HostError, MachineError, PolicyError
 
 ABOUT = {"lab": "debian-13", "packages": {"nginx": "1"}}
@@ -277,6 +277,19 @@ def test_an_entry_published_anew_is_read(verified: Path, read: list[str]) -> Non
 
 
 # Locks and scratch folders
+
+
+def test_who_waits_for_a_lock_is_told_that_the_program_is_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "locks" / "one"
+    with (
+        cache.lock(path),
+        pytest.raises(HostError, match="waiting for one: interrupted"),
+        cache.lock(path, waiting=host.stop_all),
+    ):
+        pytest.fail("it was never free")
+    with cache.lock(path) as held:  # one that is free is taken: what is cleaned up is locked as well
+        assert held
+    host.go_on()
 
 
 def test_a_lock_is_exclusive_and_given_back(tmp_path: Path) -> None:

@@ -199,3 +199,49 @@ def test_a_program_starts_while_the_environment_is_changed() -> None:
     finally:
         os.environ.pop(CHANGED, None)
     assert failed == []
+
+
+def test_no_program_starts_while_all_are_stopped() -> None:
+    ended: list[str] = []
+
+    def wait() -> None:
+        with pytest.raises(HostError) as error:
+            host.run(["sleep", "60"], what="sleeping")
+        ended.append(error.value.message)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while not host._running:
+        time.sleep(0.01)
+    start = time.monotonic()
+    try:
+        host.stop_all()
+        thread.join(30)
+        with pytest.raises(HostError, match="sleeping: interrupted"):
+            host.run(["sleep", "60"], what="sleeping")
+        assert host.run(["echo", "removed"], what="cleaning", cleaning=True) == b"removed\n"
+    finally:
+        host.go_on()
+    assert time.monotonic() - start < 30
+    assert len(ended) == 1
+    assert host.run(["echo", "again"], what="going on") == b"again\n"
+
+
+def test_a_program_that_was_just_being_started_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked to stop between a program's start and the moment that it is known here."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Started(subprocess.Popen[bytes]):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)  # type: ignore[call-overload]
+            started.append(self)
+            host.stop_all()
+
+    monkeypatch.setattr(subprocess, "Popen", Started)
+    try:
+        with pytest.raises(HostError, match="sleeping: interrupted"):
+            host.run(["sleep", "60"], what="sleeping")
+    finally:
+        host.go_on()
+    (process,) = started
+    assert process.wait(30) == -9

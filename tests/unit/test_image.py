@@ -589,7 +589,12 @@ def test_the_last_of_two_that_write_one_profile_counts(parser: Parser) -> None:
 @pytest.mark.parametrize("features", [None, "", "nonsense", 7, FEATURES + "{", FEATURES + "é", FEATURES * 200])
 def test_what_the_kernel_is_able_to_has_to_be_known(parser: Parser, features: Any) -> None:
     assert compiled_profile(features=features) is None
-    settings = {**NGINX, "/etc/apparmor/parser.conf": b"Include /srv"}
+    assert parser.asked == []
+
+
+@pytest.mark.parametrize("path", ["/etc/apparmor/parser.conf", "/usr/share/apparmor-features/features"])
+def test_where_the_parsers_settings_are_written_a_guest_is_asked(parser: Parser, path: str) -> None:
+    settings = {**NGINX, path: b"x"}
     assert profile.compile_file(Path("/tree.tar"), "one", FEATURES, settings, "/etc/apparmor.d/nginx") is None
     assert parser.asked == []
 

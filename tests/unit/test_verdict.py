@@ -265,6 +265,28 @@ def test_a_canary_that_came_out_with_the_refusal_is_no_block() -> None:
     assert result_of(http_attempt(), leaked) == (UNCLEAR, "HTTP 403, and yet the canary came out")
 
 
+CUT_SHORT = "HTTP 403, and yet the answer was not read to its end: what shows a success may be in the rest"
+
+
+@pytest.mark.parametrize(
+    ("attempt", "timed_out", "expected"),
+    [
+        ({}, False, (UNCLEAR, CUT_SHORT)),
+        ({}, True, (UNCLEAR, CUT_SHORT)),
+        ({"kind": "benign", "canary": None, "allowed_if": {"output": "root:"}}, True, (UNCLEAR, CUT_SHORT)),
+        ({"canary": None, "allowed_if": {"effect": {"run": ["ls"], "output": "x"}}}, True, (BLOCKED, "HTTP 403")),
+        ({"blocked_if": [{"status": 403, "timeout": True}]}, True, (BLOCKED, "HTTP 403, timed out")),
+        ({"blocked_if": [{"status": 403}, {"timeout": True}]}, False, (UNCLEAR, CUT_SHORT)),
+    ],
+)
+def test_a_refusal_whose_rest_was_not_read_is_no_block(
+    attempt: dict[str, Any], timed_out: bool, expected: tuple[Result, str]
+) -> None:
+    """What the service sent after a head that says 403 may have been the canary."""
+    seen = observation(ENFORCING, avc(), cut_short=True, timed_out=timed_out, effect_before=False, effect_after=False)
+    assert result_of(http_attempt(**attempt), seen) == expected
+
+
 @pytest.mark.parametrize("arm", [ENFORCING, ENFORCE])
 def test_a_success_that_the_kernel_refused_is_unclear(arm: Arm) -> None:
     refused = avc() if arm is ENFORCING else apparmor()

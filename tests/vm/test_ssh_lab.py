@@ -38,6 +38,7 @@ else
     apparmor_parser --replace /etc/apparmor.d/of-this-machine # another of the scenario's name
 fi
 systemctl enable --quiet --now nginx.service
+systemctl start systemd-logind.service # which others start at boot, and here the first login
 """
 """Makes a guest a machine like others: with a secret, with audit rules of its own and none of ours."""
 LOOK = r"""

@@ -177,6 +177,7 @@ def _compile_modules(image: Image, machine: Lab, group: Sequence[tuple[Checked, 
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+        host.go_on()
     for entry, one in group:
         if not one.selinux.modules:
             continue

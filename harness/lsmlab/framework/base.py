@@ -32,7 +32,7 @@ class FrameworkDriver(Protocol):
     """One framework in a guest. Every method raises FrameworkError, PolicyError or ChannelError."""
 
     def load(self, channel: Channel, image: Image | None, policy: PolicyUnderTest) -> None:
-        """Put `policy` into the running kernel. Compiling happens on the host, beforehand where that is possible."""
+        """Bring `policy` into the guest, and what can be into its kernel: all but profiles, which `enter` loads."""
         ...
 
     def enter(self, channel: Channel, arm: Arm, image: Image | None, policy: PolicyUnderTest) -> None:
@@ -44,8 +44,7 @@ class FrameworkDriver(Protocol):
         ...
 
     def settle(self, channel: Channel, arm: Arm, unit: str, *, started: bool) -> None:
-        """Last thing before the snapshot that attempts start from: forget what was logged, so that all is logged again.
-
-        `started`: in this very arm, `unit` was.
+        """Once `unit` has come to rest, before the window of the attempts opens: forget what was logged, so that all is
+        logged again. `started`: in this very arm, `unit` was.
         """
         ...

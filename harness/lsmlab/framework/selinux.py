@@ -74,6 +74,8 @@ class Selinux:
         What is refused is logged each time. What is only logged is then cached as granted (avc.c, avc_denied): all in
         permissive mode, and in either mode what a permissive domain does. Committing booleans, even unchanged ones,
         flushes (ss/services.c, security_set_bools); it counts as a new policy, so dbus-daemon reads its files anew.
+        The agent answers once the service has come to rest: what it does at its start is cached by then.
         """
-        if (started and arm.logging) or channel.ask("permissive", unit=unit) is not False:
+        permissive = channel.ask("permissive", unit=unit) is not False
+        if permissive or (started and arm.logging):
             channel.write_file("/sys/fs/selinux/commit_pending_bools", b"1")

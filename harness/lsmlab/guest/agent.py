@@ -142,7 +142,8 @@ def apparmor_features(folder: str = FEATURES) -> str:
 
 def permissive(unit: str) -> bool:
     """Whether SELinux only logs what a process of the unit does, whatever the mode: it is in a permissive domain, or
-    whether it is cannot be learned."""
+    whether it is cannot be learned. It is asked once the unit has come to rest: before, it may be about to exec."""
+    at_rest(unit)
     try:
         domains = {text_if_any(f"/proc/{pid}/attr/current") for pid in pids(unit)}
         return any(_is_permissive(domain) for domain in domains)
@@ -952,7 +953,7 @@ class _Answer:
 def visit(method: str, port: int, path: str, timeout: float, body: str | None = None) -> dict[str, Any]:
     """A visitor's HTTP request to this machine, its path sent as it is written. Redirections are not followed."""
     start = time.monotonic()
-    found: dict[str, Any] = {"status": None, "err": "", "timed_out": False}
+    found: dict[str, Any] = {"status": None, "err": "", "timed_out": False, "cut_short": False}
     host = "127.0.0.1" if port == 80 else f"127.0.0.1:{port}"
     sent = b"" if body is None else body.encode()
     length = () if body is None else (f"Content-Length: {len(sent)}",)
@@ -967,8 +968,10 @@ def visit(method: str, port: int, path: str, timeout: float, body: str | None = 
             link.sendall("\r\n".join(lines).encode() + sent)
             answer = _Answer(held.enter_context(link.makefile("rb")))
             found["status"], fields = answer.head()
+            found["cut_short"] = True
             if method != "HEAD" and found["status"] not in {101, 204, 304}:
                 answer.body(fields, received)
+            found["cut_short"] = False
         except (TimeoutError, socket.timeout):  # noqa: UP041 - not the same before Python 3.10
             found["timed_out"] = True
         except (OSError, ValueError) as error:

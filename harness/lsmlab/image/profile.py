@@ -17,9 +17,11 @@ from lsmlab.definition import digest_of
 from lsmlab.errors import HostError
 from lsmlab.image.probe import FOLDER
 
-SETTINGS = "/etc/apparmor"
+SETTINGS = ("/etc/apparmor/", "/usr/share/apparmor-features/")
+"""Where the parser's own settings lie, and the features that they may pin."""
 COMPILE = """
 set -eu
+umask 022
 export LC_ALL=C
 cd "$1"
 mkdir tree
@@ -39,16 +41,16 @@ if grep -i -E '^[[:space:]]*(include|base)' tree/etc/apparmor/parser.conf >&2; t
 cp kernel-features tree/
 mkdir -m 0777 tree/out
 chmod -R go=rX tree/etc/apparmor.d
-PATH=$PATH:/usr/sbin:/sbin
+chroot=$(PATH=$PATH:/usr/sbin:/sbin command -v chroot)
 ulimit -v 1048576
 ulimit -t 60
-parse="env -i PATH=$PATH chroot --userspec=65534:65534 --groups= tree
+parse="env -i $chroot --userspec=65534:65534 --groups= tree
     /usr/sbin/apparmor_parser --kernel-features /kernel-features"
 $parse --preprocess "$3" > text
 $parse --names "$3" > names
 $parse --skip-kernel-load --skip-cache --ofile /out/enforce "$3"
 $parse --skip-kernel-load --skip-cache --ofile /out/complain --Complain "$3"
-mv tree/out/enforce tree/out/complain .
+cp tree/out/enforce tree/out/complain .
 rm -rf tree
 """
 COMPILE_SECONDS = 90
@@ -122,7 +124,7 @@ def _profiles_of(written: Mapping[str, bytes]) -> dict[str, bytes] | None:
     found: dict[str, bytes] = {}
     for path, data in written.items():
         plain = "/" + posixpath.normpath(path).lstrip("/")
-        if plain.startswith(f"{SETTINGS}/"):
+        if plain.startswith(SETTINGS):
             return None
         if plain.startswith(f"{FOLDER}/"):
             found[plain.removeprefix(f"{FOLDER}/")] = data
