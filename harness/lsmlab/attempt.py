@@ -45,8 +45,10 @@ class Observation(Strict):
     errors: str
     http_status: int | None
     """None: not an http attempt, or no answer came."""
+    head: str = ""
+    """What an answer says besides its body: its status line, its fields, what lies between its chunks."""
     cut_short: bool = False
-    """An answer came, and was not read to its end: what was to come of it is not in `output`."""
+    """An answer was not read to its end, or a command's children may go on writing: `output` lacks the rest."""
     canary: str
     canary_planted: bool | None
     """None: the attempt plants none."""
@@ -75,7 +77,7 @@ def fresh_word() -> str:
 
 def shortened(seen: Observation) -> Observation:
     """`seen` as it is kept: its output cut to `KEPT_OUTPUT`."""
-    return seen.model_copy(update={"output": seen.output[:KEPT_OUTPUT], "errors": seen.errors[:KEPT_OUTPUT]})
+    return seen.model_copy(update={name: getattr(seen, name)[:KEPT_OUTPUT] for name in ("output", "errors", "head")})
 
 
 class Opened(Strict):
@@ -113,13 +115,14 @@ Text = Annotated[str, BeforeValidator(_text)]
 
 
 class Ended(Strict):
-    """How a command or a request ended, as the agent says it. `status` is an answer's HTTP status, and `cut_short` that
-    the answer was not read to its end."""
+    """How a command or a request ended, as the agent says it. `status` is an answer's HTTP status; `head` and
+    `cut_short` are as in `Observation`."""
 
     exit_code: int | None = None
     signal: int | None = None
     status: int | None = None
     cut_short: bool = False
+    head: Text = ""
     out: Text
     err: Text
     timed_out: bool
@@ -223,6 +226,7 @@ def make(
         errors=made.result.err,
         http_status=made.result.status,
         cut_short=made.result.cut_short,
+        head=made.result.head,
         canary=word,
         canary_planted=made.planted,
         effect_before=_shows(effect, made.effect_before),
@@ -262,8 +266,8 @@ class _Inside:
         """From the engine's answer, `answer` with its bytes as they came. Raises EngineError."""
         from lsmlab.container import transport  # noqa: PLC0415 - its library takes a moment, and few commands need it
 
-        if exchange.timed_out:
-            return exchange.model_copy(update={"out": ""})
+        if exchange.timed_out:  # what came is in the engine's frames, and the command goes on in its container
+            return exchange.model_copy(update={"out": "", "cut_short": True})
         written = self._container.output(transport.carried(answer, self._spec.id))
         out, err = (stream.decode("utf-8", "backslashreplace") for stream in (written.out, written.err))
         code = self._container.exit_code(self._number)
@@ -272,7 +276,7 @@ class _Inside:
     def ended_there(self, exchange: Ended) -> Ended:
         """The same where the machine has told already what the command wrote, as far as it may. Raises EngineError."""
         if exchange.timed_out:
-            return exchange
+            return exchange.model_copy(update={"cut_short": True})
         return exchange.model_copy(update={"exit_code": self._container.exit_code(self._number)})
 
 
@@ -330,6 +334,18 @@ def command_as(spec: Attempt, subject: facts.SubjectFacts, auid: int) -> dict[st
         "cap_bounding": worker.cap_bounding, "no_new_privs": worker.no_new_privs, "exe": main.exe,
     }  # fmt: skip
     return {"argv": list(spec.run), "who": who, "timeout": spec.timeout}
+
+
+def acting_as(worker: facts.Process) -> facts.Process:
+    """What a command has that the agent's `run_as` runs in the place of `worker`: as an ordinary user no capability, as
+    root all of the bounding set, and the agent's user namespace."""
+    uid, gid = worker.uids[1], worker.gids[1]
+    return worker.model_copy(
+        update={
+            "uids": (uid,) * 4, "gids": (gid,) * 4, "cap_effective": 0 if uid else worker.cap_bounding,
+            "initial_userns": True,
+        }
+    )  # fmt: skip
 
 
 def url_of(spec: Attempt) -> str:

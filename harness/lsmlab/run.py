@@ -359,7 +359,9 @@ def judge_attempt(scenario: Scenario, spec: Attempt, arm: Arm, seen: Observation
             judgement = verdict.settle(judgement, found)
     explanation = None
     if seen.subject_before.workers and seen.object is not None and seen.object.exists:
-        explanation = dac.explain(seen.subject_before.workers[0], seen.object, scenario.dac.access)
+        worker = seen.subject_before.workers[0]
+        subject_of_dac = attempt.acting_as(worker) if spec.run and container is None else worker
+        explanation = dac.explain(subject_of_dac, seen.object, scenario.dac.access)
     return AttemptRecord(
         attempt=spec.id,
         kind=spec.kind,

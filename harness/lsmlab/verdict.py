@@ -147,13 +147,16 @@ def judge(spec: Attempt, arm: Arm, seen: Observation, subject: str) -> Judgement
 
 def _sign_of_success(spec: Attempt, arm: Arm, seen: Observation, records: Sequence[Record], subject: str) -> str:
     """What speaks against a block, although it is no proof of a success."""
-    if spec.changes_mac and (mode_problem(arm, seen.mode_after, subject) or evidence.mode_changes(records)):
+    if spec.changes_mac and (
+        mode_problem(arm, seen.mode_after, subject)
+        or evidence.mode_changes(records)
+        or _hidden_mode_change(arm, seen, records)
+    ):
         return "MAC was changed"
-    if spec.canary is not None and seen.canary in seen.output:
+    if spec.canary is not None and any(seen.canary in text for text in (seen.output, seen.errors, seen.head)):
         return "the canary came out"
-    waited_for = seen.timed_out and any(sign.timeout for sign in spec.blocked_if)
-    if seen.cut_short and not waited_for and (spec.canary is not None or spec.allowed_if.output is not None):
-        return "the answer was not read to its end: what shows a success may be in the rest"
+    if seen.cut_short:
+        return "its answer was not over: what shows a success may be still to come"
     return ""
 
 
@@ -174,7 +177,7 @@ def failure(arm: Arm, seen: Observation, records: Sequence[Record], subject: str
     changes = evidence.mode_changes(records)
     if changes and not changes_mac:
         return f"mode or policy changed inside the window: {changes[0].raw[:200]}"
-    return _hidden_mode_change(arm, seen, records)
+    return "" if changes_mac else _hidden_mode_change(arm, seen, records)
 
 
 def _hidden_mode_change(arm: Arm, seen: Observation, records: Sequence[Record]) -> str:
@@ -443,7 +446,7 @@ def _apparmor_object(denial: Denial, scenario: Scenario, expected: DenialExpecta
     path = (expected.path if expected else None) or (seen.object.real if seen.object else "") or scenario.object.path
     if path is None and tclass in {None, "file"} and (expected is None or expected.operation is None):
         return "no object is expected that it could be compared with"
-    if tclass not in {None, "file"} or path is None:
+    if path is None or (tclass not in {None, "file"} and (expected is None or expected.path is None)):
         return ""
     return "" if denial.name == path else f"another object ({denial.name}, not {path})"
 
@@ -531,10 +534,17 @@ class _Weighing:
         for name in self.benign:
             seen = self.of(self.enforcing, name)
             denied = seen.result is Result.BLOCKED and any(d.effective for d in seen.denials)
+            denied = denied and all(self._by_policy(self.of(arm, name)) for arm in self.logging)
             denied = denied or (seen.result is not Result.ALLOWED and self.enforcing.start_denial is not None)
             if self.result(self.control, name) is Result.ALLOWED and denied:
                 found.append(seen)
         return found
+
+    @staticmethod
+    def _by_policy(logged: JudgedAttempt) -> bool:
+        """Whether a logging arm leaves it to the policy that benign work fails where it is enforced: it works there, or
+        an explicit deny took effect."""
+        return logged.result is not Result.BLOCKED or any(d.effective for d in logged.denials)
 
     def inconclusive(self) -> Conclusion | None:
         overblocked = {a.attempt for a in self.denied_benign()}
@@ -556,8 +566,8 @@ class _Weighing:
             where = "unconfined" if self.unconfined else "without MAC"
             return Conclusion(
                 verdict=Verdict.CONTROL_BLOCKED,
-                reason=f"{attack}: blocked {where} ({seen.reason}), and DAC is not why"
-                + (f": {seen.dac.rule}" if seen.dac else ""),
+                reason=f"{attack}: blocked {where} ({seen.reason}), "
+                + (f"and DAC is not why: {seen.dac.rule}" if seen.dac else "and whether DAC is why was not looked at"),
             )
         return None
 

@@ -497,7 +497,7 @@ CASES = (
         proof=LEAKED,
         shows="^1$",
         verdict=INCONCLUSIVE,
-        reason="HTTP 403, and yet the answer was not read to its end",
+        reason="HTTP 403, and yet its answer was not over",
     ),
     Sabotage(
         id="canary-on-another-page",

@@ -373,6 +373,24 @@ def test_a_command_whose_exec_is_refused_is_126_and_one_that_is_missing_refused(
         agent.run_as(["no-such-program"], rights(service), 20)
 
 
+def test_what_a_commands_children_write_is_read_as_well(service: Path) -> None:
+    argv = ["sh", "-c", "(sleep 0.5; echo late) & echo soon >&2; exit 1"]
+    done = agent.run_as(argv, rights(service), 20, whole=True)
+    assert (done["exit_code"], text(done), text(done, "err")) == (1, "late\n", "soon\n")
+    assert (done["timed_out"], done["cut_short"]) == (False, False)
+    done = agent.run_as(argv, rights(service), 20)
+    assert (done["exit_code"], text(done), "cut_short" in done) == (1, "", False)
+
+
+def test_children_that_may_go_on_writing_are_waited_for_as_long_as_the_command_had(service: Path) -> None:
+    argv = ["sh", "-c", "sleep 30 & echo $!; exit 1"]
+    start = time.monotonic()
+    done = agent.run_as(argv, rights(service), 1, whole=True)
+    os.kill(int(text(done)), signal.SIGKILL)
+    assert 1 <= time.monotonic() - start < 10
+    assert (done["exit_code"], done["timed_out"], done["cut_short"]) == (1, False, True)
+
+
 def test_a_command_as_a_service_is_ended_in_time(service: Path) -> None:
     done = agent.run_as(["sh", "-c", "echo begun; sleep 61"], rights(service), 1)
     assert (done["timed_out"], text(done)) == (True, "begun\n")
@@ -1624,6 +1642,7 @@ def test_a_visit_gives_status_and_body(serving: Serving, status: str) -> None:
     before = descriptors()
     done = agent.visit("GET", server.port, "/", 20)
     assert (done["status"], raw(done["out"])) == (int(status[:3]), EVERY_BYTE * 1000)
+    assert text(done, "head") == f"HTTP/1.1 {status}\r\nContent-Length: 256000\r\n\r\n"
     assert (done["err"], done["timed_out"], done["too_much"], done["cut_short"]) == ("", False, False, False)
     wait_until(lambda: descriptors() <= before)  # the server's own end as well
 

@@ -627,8 +627,18 @@ def test_the_agent_takes_what_it_is_asked() -> None:
             assert set(arguments["canary"]) == set(inspect.signature(agent.plant).parameters)
         action = agent.visit if "request" in arguments else agent.run_as
         given_to_it = arguments.get("request") or arguments["command"]
-        assert {*given_to_it, "body"} == {*inspect.signature(action).parameters, "body"}
+        assert {*given_to_it, "body"} == {*inspect.signature(action).parameters, "body"} - {"whole"}
         assert ("request" in arguments) != ("command" in arguments)
+
+
+def test_a_command_has_other_capabilities_than_the_worker_whose_place_it_takes() -> None:
+    has = {"cap_effective": 6, "cap_bounding": 2, "initial_userns": False}
+    user = process().model_copy(update={"uids": (0, 33, 33, 33), "gids": (0, 34, 34, 34), **has})
+    found = attempt.acting_as(user)
+    assert (found.uids, found.gids, found.cap_effective, found.initial_userns) == ((33,) * 4, (34,) * 4, 0, True)
+    assert found.groups == user.groups
+    root = process().model_copy(update={"uids": (0,) * 4, **has, "cap_effective": 0})
+    assert attempt.acting_as(root).cap_effective == 2
 
 
 def test_what_a_visitor_asks_for() -> None:

@@ -252,6 +252,10 @@ def test_a_profile_in_enforce_that_only_logged_was_not_in_force(seen: dict[str, 
     found, reason = result_of(http_attempt(), observation(ENFORCE, line, **seen), ENFORCE)
     assert found is FAILED
     assert reason == f"profile nginx is in mode enforce, and only logged: {line[:200]}"
+    on_mac = result_of(http_attempt(changes_mac=True), observation(ENFORCE, line, **seen), ENFORCE)
+    assert on_mac == (
+        (ALLOWED, "the canary was read, HTTP 200") if seen else (UNCLEAR, "HTTP 403, and yet MAC was changed")
+    )
 
 
 def test_a_profile_left_in_complain_may_log() -> None:
@@ -265,26 +269,33 @@ def test_a_canary_that_came_out_with_the_refusal_is_no_block() -> None:
     assert result_of(http_attempt(), leaked) == (UNCLEAR, "HTTP 403, and yet the canary came out")
 
 
-CUT_SHORT = "HTTP 403, and yet the answer was not read to its end: what shows a success may be in the rest"
-
-
+@pytest.mark.parametrize("timed_out", [True, False])
 @pytest.mark.parametrize(
-    ("attempt", "timed_out", "expected"),
+    "attempt",
     [
-        ({}, False, (UNCLEAR, CUT_SHORT)),
-        ({}, True, (UNCLEAR, CUT_SHORT)),
-        ({"kind": "benign", "canary": None, "allowed_if": {"output": "root:"}}, True, (UNCLEAR, CUT_SHORT)),
-        ({"canary": None, "allowed_if": {"effect": {"run": ["ls"], "output": "x"}}}, True, (BLOCKED, "HTTP 403")),
-        ({"blocked_if": [{"status": 403, "timeout": True}]}, True, (BLOCKED, "HTTP 403, timed out")),
-        ({"blocked_if": [{"status": 403}, {"timeout": True}]}, False, (UNCLEAR, CUT_SHORT)),
+        {},
+        {"kind": "benign", "canary": None, "allowed_if": {"output": "root:"}},
+        {"canary": None, "allowed_if": {"effect": {"run": ["ls"], "output": "x"}}},
+        {"blocked_if": [{"status": 403}, {"timeout": True}]},
     ],
+    ids=["canary", "words", "effect", "timeout"],
 )
-def test_a_refusal_whose_rest_was_not_read_is_no_block(
-    attempt: dict[str, Any], timed_out: bool, expected: tuple[Result, str]
-) -> None:
-    """What the service sent after a head that says 403 may have been the canary."""
+def test_a_refusal_whose_rest_was_not_read_is_no_block(attempt: dict[str, Any], timed_out: bool) -> None:
+    """What the service sent, or did, after a head that says 403 may have been what was to be prevented."""
     seen = observation(ENFORCING, avc(), cut_short=True, timed_out=timed_out, effect_before=False, effect_after=False)
-    assert result_of(http_attempt(**attempt), seen) == expected
+    rest = "its answer was not over: what shows a success may be still to come"
+    assert result_of(http_attempt(**attempt), seen) == (UNCLEAR, f"HTTP 403, and yet {rest}")
+
+
+@pytest.mark.parametrize("where", ["output", "errors", "head"])
+def test_a_canary_that_came_out_anywhere_is_no_block(where: str) -> None:
+    leaked = observation(ENFORCING, avc(), **{where: f"date: invalid date lsmlab-{WORD}"})
+    assert result_of(http_attempt(), leaked) == (UNCLEAR, "HTTP 403, and yet the canary came out")
+
+
+def test_a_canary_beside_the_output_is_no_proof() -> None:
+    leaked = observation(ENFORCING, errors=f"lsmlab-{WORD}:", head=f"X: lsmlab-{WORD}:", http_status=200)
+    assert result_of(http_attempt(), leaked)[0] is UNCLEAR
 
 
 @pytest.mark.parametrize("arm", [ENFORCING, ENFORCE])
@@ -909,6 +920,8 @@ AA = {"permissions": ["r"], "operation": "open"}
         (apparmor(name=b"/etc/passwd"), {}, "another object (/etc/passwd, not /etc/shadow)"),
         (apparmor(name=b"/etc/passwd"), {"class": "file"}, "another object (/etc/passwd, not /etc/shadow)"),
         (apparmor(), {"operation": None}, None),
+        (apparmor(rule_class="mount"), {"class": "mount"}, None),
+        (apparmor(rule_class="mount"), {"class": "mount", "path": "/mnt"}, "another object (/etc/shadow, not /mnt)"),
         (apparmor(), {"path": "/etc/gshadow"}, "another object (/etc/shadow, not /etc/gshadow)"),
     ],
 )
@@ -1159,6 +1172,16 @@ VERDICTS: dict[str, tuple[Mapping[str, Any], Verdict, str]] = {
         Verdict.OVERBLOCKED,
         "front-page: the service's own work is denied (it was blocked): type=AVC",
     ),
+    "benign work is blocked in the logging arm too, with no denial": (
+        {"logging": (LOGGED, benign(BLOCKED)), "enforcing": (DENIED, benign(BLOCKED, denial()))},
+        Verdict.INCONCLUSIVE,
+        "selinux-permissive: front-page: does not work (it was blocked)",
+    ),
+    "benign work is denied in the logging arm too": (
+        {"logging": (LOGGED, benign(BLOCKED, denial())), "enforcing": (DENIED, benign(BLOCKED, denial()))},
+        Verdict.OVERBLOCKED,
+        "front-page: the service's own work is denied",
+    ),
     "benign work is unclear, with a denial": (
         {"enforcing": (DENIED, benign(UNCLEAR, denial()))},
         Verdict.INCONCLUSIVE,
@@ -1253,7 +1276,7 @@ REASONS: dict[str, tuple[Mapping[str, Any], str]] = {
     ),
     "blocked in the control, unexplained": (
         {"control": (HIDDEN, BENIGN)},
-        "read-shadow: blocked without MAC (it was blocked), and DAC is not why",
+        "read-shadow: blocked without MAC (it was blocked), and whether DAC is why was not looked at",
     ),
 }
 
@@ -1274,7 +1297,7 @@ def test_an_attack_on_mac_is_weighed_against_the_unconfined_service() -> None:
     blocked = attempts | {NO_SELINUX: judged_arm(NO_SELINUX, HIDDEN)}
     assert conclude(SELINUX, blocked, Control.UNCONFINED) == Conclusion(
         verdict=Verdict.CONTROL_BLOCKED,
-        reason="read-shadow: blocked unconfined (it was blocked), and DAC is not why",
+        reason="read-shadow: blocked unconfined (it was blocked), and whether DAC is why was not looked at",
     )
     missing = {name: arm for name, arm in attempts.items() if name is not NO_SELINUX}
     for arms in (missing, missing | {DAC: judged_arm(DAC, CONTROL_OK)}):

@@ -115,6 +115,7 @@ def images_list(json_file: JsonOption = None) -> None:
     if not entries:
         say("nothing is built yet: `lsmlab images build debian-13`, or any run, builds what it needs")
         return
+    total = inventory.total(entries)
     table = [
         (
             like[0].kind, like[0].name if len(like) == 1 else f"{len(like)} of them",
@@ -124,7 +125,7 @@ def images_list(json_file: JsonOption = None) -> None:
         for like in inventory.listed(entries)
     ]  # fmt: skip
     print(tables.plain(("kind", "name", "size", "age", "used", "status"), table, terminal_width()))
-    print(f"\n{inventory.total(entries)}")
+    print(f"\n{total}")
 
 
 @images_app.command("build")

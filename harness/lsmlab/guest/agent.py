@@ -670,14 +670,16 @@ def _drain(descriptor: int, into: bytearray) -> bool:
     return True
 
 
-def _collect(process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any]:
-    """Wait for a program, at most `seconds`; what it wrote, and how it ended. Its children are not waited for."""
+def _collect(process: subprocess.Popen[bytes], seconds: float, *, whole: bool = False) -> dict[str, Any]:
+    """Wait for a program, at most `seconds`; what it wrote, and how it ended.
+
+    Its children are not waited for, but with `whole` until none of them can write any more, or the time is up.
+    """
     start = time.monotonic()
     assert process.stdout is not None
     assert process.stderr is not None
     pipes = (process.stdout.fileno(), process.stderr.fileno())
     kept = {pipe: bytearray() for pipe in pipes}
-    timed_out = too_much = False
     ended = -1
     try:
         ended = os.pidfd_open(process.pid)
@@ -687,18 +689,22 @@ def _collect(process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any]
             os.set_blocking(pipe, False)
             poller.register(pipe, select.POLLIN)
         going_on = set(pipes)
-        while not (timed_out or too_much):
+        while True:
             left = start + seconds - time.monotonic()
             ready = {descriptor for descriptor, _ in poller.poll(max(0.0, left) * 1000)}
             for pipe in list(going_on) if ended in ready else going_on & ready:
                 if not _drain(pipe, kept[pipe]):
                     poller.unregister(pipe)
                     going_on.discard(pipe)
-            too_much = any(len(data) > MOST_OUTPUT for data in kept.values())
             if ended in ready:
                 process.wait()
+                poller.unregister(ended)
+            over = process.returncode is not None and not (whole and going_on)
+            too_much = any(len(data) > MOST_OUTPUT for data in kept.values())
+            if over or too_much or left <= 0:
                 break
-            timed_out = left <= 0
+        timed_out = process.returncode is None and not too_much
+        cut_short = process.returncode is not None and not over
     finally:
         if process.returncode is None:
             _end_session(process.pid)
@@ -718,6 +724,7 @@ def _collect(process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any]
         "timed_out": timed_out,
         "too_much": too_much,
         "seconds": time.monotonic() - start,
+        **({"cut_short": cut_short} if whole else {}),
     }
 
 
@@ -807,8 +814,9 @@ def _becoming(who: dict[str, Any], program: str) -> list[tuple[str, Callable[[],
     return steps
 
 
-def run_as(argv: list[str], who: dict[str, Any], timeout: float) -> dict[str, Any]:
+def run_as(argv: list[str], who: dict[str, Any], timeout: float, *, whole: bool = False) -> dict[str, Any]:
     """Run a command as a service: its uid, groups, capabilities, and its domain or profile by the automatic transition.
+    `whole`: see `_collect`.
 
     The command's program is copied, given the label of the service's program and mounted over it in a private mount
     namespace: to the kernel it is the service's program, so what is measured is what the service may do.
@@ -847,7 +855,7 @@ def run_as(argv: list[str], who: dict[str, Any], timeout: float) -> dict[str, An
         finally:
             os.close(writing)
         if process is not None:
-            return _collect(process, timeout)
+            return _collect(process, timeout, whole=whole)
         if refused is not None:
             return _not_started(argv, refused)
         raise Refused(f"the service cannot be acted for: {report.read().decode('utf-8', 'replace')}")
@@ -878,10 +886,13 @@ class _Answer:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._left = MOST_HEAD
+        self.lines = bytearray()
+        """All that is no body: heads, the lines between chunks, the trailer; at most MOST_HEAD of it."""
 
     def _line(self, place: str) -> bytes:
         line: bytes = self._stream.readline(self._left)
         self._left -= len(line)
+        self.lines += line[: MOST_HEAD - len(self.lines)]
         if not line.endswith(b"\n"):
             raise ValueError(
                 f"the answer's {place} is too long" if self._left <= 0 else f"the answer ended in its {place}"
@@ -958,7 +969,7 @@ def visit(method: str, port: int, path: str, timeout: float, body: str | None = 
     sent = b"" if body is None else body.encode()
     length = () if body is None else (f"Content-Length: {len(sent)}",)
     lines = (f"{method} {path} HTTP/1.1", f"Host: {host}", "User-Agent: lsmlab", "Connection: close", *length, "", "")
-    received = bytearray()
+    received, answer = bytearray(), None
     with contextlib.ExitStack() as held:
         try:
             link = held.enter_context(_Deadline(socket.AF_INET, socket.SOCK_STREAM))
@@ -977,7 +988,8 @@ def visit(method: str, port: int, path: str, timeout: float, body: str | None = 
         except (OSError, ValueError) as error:
             words = getattr(error, "strerror", None) or str(error) or type(error).__name__
             found["err"] = base64.b64encode(words.encode("utf-8", "backslashreplace")).decode()
-    return {**found, "out": base64.b64encode(received[:MOST_OUTPUT]).decode(),
+    head = b"" if answer is None else bytes(answer.lines)
+    return {**found, "head": base64.b64encode(head).decode(), "out": base64.b64encode(received[:MOST_OUTPUT]).decode(),
             "too_much": len(received) > MOST_OUTPUT, "seconds": time.monotonic() - start}  # fmt: skip
 
 
@@ -1138,7 +1150,7 @@ def attempt(
     if request is not None:
         result = visit(**request)
     elif command is not None:
-        result = run_as(**command)
+        result = run_as(**command, whole=True)
     elif engine is not None:
         result = exchange(**engine)
     else:

@@ -71,7 +71,7 @@ def told(data: bytes, texts: Iterable[str], patterns: Iterable[str]) -> tuple[by
 
 def _reduced(result: dict[str, Any], keep: dict[str, list[str]]) -> dict[str, Any]:
     withheld = 0
-    for stream in ("out", "err"):
+    for stream in {"out", "err", "head"} & result.keys():
         data = base64.b64decode(result[stream])
         kept, less = (data, 0) if data in ERRORS else told(data, keep["texts"], keep["patterns"])
         result[stream] = base64.b64encode(kept).decode()

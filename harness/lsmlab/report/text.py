@@ -419,7 +419,7 @@ def _observed(look: Observation) -> list[tuple[str, Shown]]:
     ending = [
         status if look.signal is None else f"signal {look.signal}",
         *([f"HTTP {look.http_status}"] if look.http_status is not None else []),
-        *(["the answer cut short"] if look.cut_short else []),
+        *(["cut short"] if look.cut_short else []),
         *(["timed out"] if look.timed_out else []),
         f"after {look.seconds:.2f} s",
     ]
