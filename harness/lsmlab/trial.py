@@ -19,8 +19,6 @@ from lsmlab.machine import qemu
 from lsmlab.scenario import AllowedIf, Attempt
 from lsmlab.terms import Arm, AttemptKind, Framework
 
-ALL_CAPABILITIES = (1 << 41) - 1
-
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -112,13 +110,7 @@ def _altered(machine: qemu.QemuMachine, opened: Opened, question: Question) -> S
     def alter(process: Process) -> Process:
         changes: dict[str, object] = {"groups": tuple(dict.fromkeys((*process.groups, *gids)))}
         if question.as_root:
-            capabilities = process.cap_bounding & ALL_CAPABILITIES
-            changes |= {
-                "uids": (0,) * 4,
-                "gids": (0,) * 4,
-                "cap_effective": capabilities,
-                "cap_permitted": capabilities,
-            }
+            changes |= {"uids": (0,) * 4, "gids": (0,) * 4}
         return process.model_copy(update=changes)
 
     processes = tuple(p if p.main and len(opened.subject.processes) > 1 else alter(p) for p in opened.subject.processes)
@@ -129,10 +121,10 @@ def observe(question: Question, arm: Arm, seen: Observation) -> TrialArm:
     """What one arm showed, in words; who refused is named only where the kernel's record or DAC's rules say so."""
     records = evidence.parse(seen.log)
     denials = verdict.own_denials(seen)
-    worker = seen.subject_before.workers[0]
     explanation = None
     if question.object_path is not None and seen.object is not None:
-        explanation = dac.explain(worker, seen.object, question.access)
+        command = attempt.acting_as(seen.subject_before.workers[0])
+        explanation = dac.explain(command, seen.object, question.access)
     result, by, reason = _in_words(arm, seen, records, denials, explanation)
     return TrialArm(
         arm=arm,
